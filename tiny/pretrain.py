@@ -1,0 +1,337 @@
+"""Pretrains the tiny world's models from scratch, supervised only: no reward is ever seen here.
+
+    python -m tiny.pretrain vae      the autoencoder, a few minutes on two CPU cores
+    python -m tiny.pretrain sd3      text encoders and flow transformer, about an hour; needs the autoencoder
+    python -m tiny.pretrain eval     score the pipeline in tiny/sd3 on the evaluation prompts
+
+Each stage is deterministic from --seed on one machine, shows its progress, writes a checkpoint every --save-every steps
+to --work and goes on from it when started again. The result is a plain diffusers folder, tiny/sd3.
+Conventions: t in [0, 1], t = 1 is noise; x_t = (1 - t) x_0 + t eps; the transformer learns v = eps - x_0.
+"""
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from einops import rearrange
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+
+import rewards
+from rewards.glyphs import CHARACTERS
+from rewards.shapes import BACKGROUND
+from tiny import world
+
+HERE = Path(__file__).parent
+MAX_TOKENS = 24  # longest prompt of the world is 20 tokens with its start and end
+TEXT_WIDTH, WIDTH = 64, 128
+NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants to be told, also by the folder's reader
+
+
+# ---- tokenizer: one token a word, one a character of a text to draw ----
+def vocabulary():
+    """All words of the world's sentences. Words are lower case, characters to draw are upper case or digits."""
+    tables = (world.SHAPE_WORDS, world.COLOR_WORDS, world.COUNT_WORDS, world.RELATION_WORDS, world.SENTENCES)
+    phrases = [phrase for table in tables for options in table.values() for phrase in options]
+    phrases += [name for row in world.PLACES for name in row] + [
+        "a an , text large white center photo of picture"
+    ]
+    phrases += ["make add remove move replace the to with it is at in on no and"]
+    words = {
+        w for phrase in phrases for w in phrase.replace("{", " {").replace('"', " ").split() if "{" not in w
+    }
+    shapes = [word for options in world.SHAPE_WORDS.values() for word in options]
+    words |= {word + ("es" if word.endswith(("s", "x")) else "s") for word in shapes}
+    return ["<pad>", "<start>", "<end>", "<unknown>", '"', *CHARACTERS, *sorted(words)]
+
+
+def build_tokenizer():
+    ids = {word: i for i, word in enumerate(vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(Regex("[A-Z0-9]|[^a-z]"), behavior="isolated"),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", ids["<start>"]), ("<end>", ids["<end>"])]
+    )
+    special = dict(pad_token="<pad>", bos_token="<start>", eos_token="<end>", unk_token="<unknown>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_TOKENS, **special)
+
+
+# ---- models ----
+def build_vae():
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(8, 16, 32, 64),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        sample_size=world.SIZE,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+
+
+def build_text_encoder(tokenizer):
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=3,  # SD3 reads the last but one
+            num_attention_heads=2,
+            max_position_embeddings=MAX_TOKENS,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def build_transformer(num_layers=4, width=WIDTH):
+    transformer = SD3Transformer2DModel(
+        sample_size=world.SIZE // 8,
+        patch_size=2,
+        in_channels=8,
+        out_channels=8,
+        num_layers=num_layers,
+        attention_head_dim=32,
+        num_attention_heads=width // 32,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        caption_projection_dim=width,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        pos_embed_max_size=world.SIZE // 16,
+        qk_norm="rms_norm",
+    )
+    # start every block as the identity and the output at zero (adaLN-Zero, Peebles & Xie 2023)
+    for name, module in transformer.named_modules():
+        if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out":
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    return transformer
+
+
+def build_sd3():
+    """The untrained pipeline, with the autoencoder from the earlier stage when there is one."""
+    tokenizer = build_tokenizer()
+    return StableDiffusion3Pipeline(
+        transformer=build_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKL.from_pretrained(HERE / "sd3", subfolder="vae"),
+        text_encoder=build_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=build_text_encoder(tokenizer),
+        tokenizer_2=tokenizer,
+        **NO_T5,
+    )
+
+
+def images_to_tensor(images):
+    """List of (H, W, 3) uint8 arrays -> (B, 3, H, W) float in [-1, 1]."""
+    batch = torch.stack([torch.from_numpy(image) for image in images])
+    return rearrange(batch, "b h w c -> b c h w").float() / 127.5 - 1
+
+
+# ---- training loops ----
+def learning_rate(step, num_steps, peak, warmup=100, decay_share=0.25):
+    """Warm-up, constant, then linear to zero over the last quarter, where most of the sharpness comes from."""
+    return peak * min((step + 1) / warmup, (num_steps - step) / (decay_share * num_steps), 1)
+
+
+def fit(name, modules, loss_at, args, num_steps, peak, ema_decay=0.0):
+    """Minimises loss_at(step) over the modules' weights; resumes from its own checkpoint; ends with averaged weights.
+
+    loss_at draws its data from the step number alone, so an interrupted run continues as if it had not been.
+    """
+    path = Path(args.work) / f"{name}.pt"
+    parameters = [p for module in modules for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    average, start = [p.detach().clone() for p in parameters], 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        start, average = state["step"], state["average"]
+        optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for p, saved in zip(parameters, state["parameters"]):
+                p.copy_(saved)
+        print(f"{name}: goes on from step {start}")
+
+    smooth, bar = (
+        None,
+        tqdm(range(start, num_steps), initial=start, total=num_steps, desc=name, mininterval=10),
+    )
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, num_steps, peak)
+        loss = loss_at(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        decay = min(ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
+        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        if (step + 1) % args.save_every == 0 or step + 1 == num_steps:
+            now = [p.detach() for p in parameters]
+            state = dict(step=step + 1, parameters=now, average=average, optimizer=optimizer.state_dict())
+            temporary = path.with_suffix(".tmp")
+            torch.save(state, temporary)
+            temporary.replace(path)
+    with torch.no_grad():
+        for p, mean in zip(parameters, average):
+            p.copy_(mean)
+
+
+def pretrain_vae(args):
+    torch.manual_seed(args.seed)
+    vae = build_vae()
+    background = torch.tensor(BACKGROUND).view(1, 3, 1, 1) / 127.5 - 1
+
+    def loss_at(step):
+        rng = random.Random(f"{args.seed}-vae-{step}")
+        images = images_to_tensor([world.sample(rng)[2] for _ in range(16)])  # (B, 3, 64, 64)
+        posterior = vae.encode(images).latent_dist
+        decoded = vae.decode(posterior.sample(torch.Generator().manual_seed(step))).sample
+        # objects cover a twentieth of the pixels: weigh them up, or their colours are the last thing learnt
+        weight = 1 + 5 * (images - background).abs().amax(dim=1, keepdim=True)
+        error = decoded - images
+        # the L1 term keeps edges sharp; a faint KL keeps the latents bounded
+        reconstruction = (weight * (error**2 + 0.5 * error.abs())).mean()
+        return reconstruction + 1e-5 * posterior.kl().mean() / images[0].numel()
+
+    fit("vae", [vae], loss_at, args, args.steps or 3000, peak=2.5e-3, ema_decay=0.99)
+
+    # latents are brought to mean 0 and variance 1, as diffusers does it: (z - shift_factor) * scaling_factor
+    vae.eval()
+    rng = random.Random(args.seed)
+    with torch.no_grad():
+        images = images_to_tensor([world.sample(rng)[2] for _ in range(512)])
+        z = vae.encode(images).latent_dist.mean
+        error = (vae.decode(z).sample - images).abs().mean()
+    vae.register_to_config(scaling_factor=float(1 / z.std()), shift_factor=float(z.mean()))
+    vae.to(torch.bfloat16).save_pretrained(HERE / "sd3" / "vae")
+    print(f"vae: mean absolute error {error:.4f} of a range of 2, latents {z.mean():.3f} +- {z.std():.3f}")
+
+
+def encode_dataset(vae, seed, size):
+    """size examples as (contents, things, latents (size, 8, 8, 8)): drawn and encoded once, reworded at every use."""
+    rng, contents, things, latents = random.Random(f"{seed}-data"), [], [], []
+    for _ in tqdm(range(size // 64), desc="encode", mininterval=10):
+        batch = [world.sample(rng) for _ in range(64)]
+        with torch.no_grad():
+            z = vae.encode(images_to_tensor([image for _, _, image in batch])).latent_dist.mean
+        latents.append((z - vae.config.shift_factor) * vae.config.scaling_factor)
+        contents += [content for content, _, _ in batch]
+        things += [thing for _, thing, _ in batch]
+    return contents, things, torch.cat(latents)
+
+
+def encode_prompts(pipe, prompts):
+    """What StableDiffusion3Pipeline.encode_prompt does without T5, with gradients: embeds (B, L, D), pooled (B, D)."""
+    ids = pipe.tokenizer(
+        prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+    ).input_ids
+    outputs = [
+        encoder(ids, output_hidden_states=True) for encoder in (pipe.text_encoder, pipe.text_encoder_2)
+    ]
+    embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    return embeds, torch.cat([output.text_embeds for output in outputs], dim=-1)
+
+
+def pretrain_sd3(args):
+    torch.manual_seed(args.seed)
+    pipe = build_sd3()
+    pipe.vae.float()
+    contents, things, latents = encode_dataset(pipe.vae, args.seed, args.dataset_size)
+    modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
+
+    def loss_at(step):
+        rng, generator = random.Random(f"{args.seed}-sd3-{step}"), torch.Generator().manual_seed(step)
+        rows = [rng.randrange(len(contents)) for _ in range(args.batch_size)]
+        # one prompt in ten is empty, so that classifier-free guidance has its unconditional model
+        prompts = ["" if rng.random() < 0.1 else world.wording(contents[i], things[i], rng) for i in rows]
+        x_0 = latents[rows]  # (B, C, h, w)
+        noise = torch.randn(x_0.shape, generator=generator)
+        # logit-normal times (Esser et al. 2024), leaning to noise: that is where objects get their place
+        t = torch.sigmoid(torch.randn(len(rows), generator=generator) + 0.5)
+        x_t = torch.lerp(x_0, noise, t.view(-1, 1, 1, 1))
+        embeds, pooled = encode_prompts(pipe, prompts)
+        velocity = pipe.transformer(
+            hidden_states=x_t, timestep=1000 * t, encoder_hidden_states=embeds, pooled_projections=pooled
+        ).sample
+        return F.mse_loss(velocity, noise - x_0)
+
+    fit("sd3", modules, loss_at, args, args.steps or 12000, peak=1.5e-3, ema_decay=0.999)
+    pipe.to(torch.bfloat16).save_pretrained(HERE / "sd3")
+
+
+# ---- evaluation of what was made ----
+@torch.no_grad()
+def evaluate(args):
+    """Scores per tag on the evaluation prompts: ODE sampler, 10 steps, guidance 1 and 2, plain diffusers."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(args.folder, dtype=torch.float32, **NO_T5)
+    pipe.set_progress_bar_config(disable=True)
+    for guidance in (1.0, 2.0):
+        for name, spec in (("eval", "geneval"), ("eval_paraphrased", "geneval"), ("text_eval", "ocr")):
+            prompts, metadata = rewards.load_prompts(world.PROMPTS / f"{name}.jsonl")
+            reward, start, scores = rewards.build(spec, prompts, metadata, "cpu"), time.time(), {}
+            for i in range(0, len(prompts), 64):
+                batch = slice(i, i + 64)
+                images = pipe(
+                    prompts[batch],
+                    num_inference_steps=10,
+                    guidance_scale=guidance,
+                    max_sequence_length=0,  # no T5: without this diffusers appends 256 zero tokens
+                    generator=torch.Generator().manual_seed(i),
+                    output_type="pt",
+                ).images
+                for key, values in reward.details(images, prompts[batch], metadata[batch]).items():
+                    scores.setdefault(key, []).append(values)
+            scores = {key: torch.cat(values) for key, values in scores.items() if key != "reward"}
+            print(f"guidance {guidance}, {name}: {time.time() - start:.0f} s,", end=" ")
+            print(", ".join(f"{key} {values.mean():.3f}" for key, values in scores.items()))
+            if "geneval_strict" in scores:
+                for tag in world.TAGS:
+                    rows = torch.tensor([row["tag"] == tag for row in metadata])
+                    means = (
+                        f"{key[8:]} {scores[key][rows].mean():.3f}" for key in scores if key != "geneval"
+                    )
+                    print(f"    {tag:14s}", "  ".join(means))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=("vae", "sd3", "eval"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=0, help="optimiser steps; 0: the stage's own number")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--dataset-size", type=int, default=49152)
+    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", default="runs/pretrain", help="where checkpoints go")
+    parser.add_argument("--folder", default=str(HERE / "sd3"), help="eval: the pipeline to score")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    Path(arguments.work).mkdir(parents=True, exist_ok=True)
+    {"vae": pretrain_vae, "sd3": pretrain_sd3, "eval": evaluate}[arguments.stage](arguments)
