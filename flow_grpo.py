@@ -295,7 +295,7 @@ def group_advantages(values, advantage_std, limit=5.0):
 
 
 def normalised_log_ratio(log_ratio, mean, old_mean, std):
-    """GRPO-Guard: removes the log-ratio's bias -|mean - old_mean|^2 / (2 std^2) and its scale 1 / std: (B,)."""
+    """GRPO-Guard: removes the log-ratio's bias -|mean - old_mean|^2 / (2 std^2) and scale 1 / std: (B,)."""
     # what is left is the mean of z (mean - old_mean), z the noise: zero on average, one size at all steps
     return std * (log_ratio + gaussian_kl(mean, old_mean, std))
 

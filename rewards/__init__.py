@@ -4,9 +4,10 @@ A reward is any callable with one signature,
 
     reward(images (B, 3, H, W) float in [0, 1], prompts: list[str], metadata: list[dict]) -> (B,) float32
 
-NaN marks a row that could not be scored (an engine fault); a caller's mistake raises ValueError with the row's number.
-Two optional methods: `check(prompt, metadata)` raises ValueError when a row lacks what the reward needs, before any
-model is loaded; `details(images, prompts, metadata)` returns a dict of (B,) tensors, its own value among them, for logs.
+NaN marks a row that could not be scored (an engine fault); a caller's mistake raises ValueError with the
+row's number. Two optional methods: `check(prompt, metadata)` raises ValueError when a row lacks what the
+reward needs, before any model is loaded; `details(images, prompts, metadata)` returns a dict of (B,) tensors,
+its own value among them, for logs.
 
 `build("geneval:1,jpeg:0.2", ...)` makes one callable of a spec. `load_prompts` reads prompt files.
 """
@@ -24,7 +25,7 @@ class BadInput(ValueError):
     """A mistake of the caller's, with one line that says what is wrong and what to do about it."""
 
 
-REGISTRY = {  # name in a spec -> "module:factory"; imported only when asked for; factory(metadata, device) -> reward
+REGISTRY = {  # name in a spec -> "module:factory", imported on demand; factory(metadata, device) -> reward
     "geneval": "rewards.geneval:make_geneval",
     "ocr": "rewards.ocr:make_ocr",
     "jpeg": "rewards.jpeg:make_compressibility",
@@ -51,8 +52,9 @@ def parse_spec(spec):
 def load_prompts(path):
     """Reads a prompt file: .txt with a prompt a line, or .jsonl with "prompt" and metadata a line.
 
-    Returns (prompts, metadata), two lists of equal length; blank lines are skipped. Raises ValueError, with the number
-    of the line where there is one, when the file is missing, empty or has a line that is not such a record.
+    Returns (prompts, metadata), two lists of equal length; blank lines are skipped. Raises ValueError, with
+    the number of the line where there is one, when the file is missing, empty or has a line that is not such
+    a record.
     """
     path = Path(path)
     if not path.is_file():
@@ -79,8 +81,8 @@ def load_prompts(path):
 def load_prompt_files(prompts, eval_prompts=""):
     """{name: (prompts, metadata)} of "train", "eval" and, where such a file is there, "eval_paraphrased".
 
-    eval_prompts empty: the file of prompts with `train` replaced by `eval` in its name. The paraphrases' file is named
-    as the evaluation's with `_paraphrased` at the end of its stem.
+    eval_prompts empty: the file of prompts with `train` replaced by `eval` in its name. The paraphrases' file
+    is named as the evaluation's with `_paraphrased` at the end of its stem.
     """
     path = Path(prompts)
     eval_path = Path(eval_prompts or path.with_name(path.name.replace("train", "eval")))
@@ -115,7 +117,8 @@ def gather(values):
 
 
 def evaluate(sample, prompts, metadata, reward, batch_size):
-    """Scores a prompt file. sample(texts, rows) -> images (B, 3, H, W); processes of torch.distributed share the rows.
+    """Scores a prompt file. sample(texts, rows) -> images (B, 3, H, W); processes of torch.distributed share
+    the rows.
 
     Returns ({name: {row: value}}, {row: image (3, H, W) on the CPU}), complete in every process.
     """
@@ -164,8 +167,9 @@ class WeightedSum:
 def build(spec, prompts, metadata, device="cpu"):
     """Makes the reward that a spec describes and checks that every prompt has what it needs.
 
-    spec: names with optional weights, 'geneval' or 'geneval:1,jpeg:0.2'. prompts, metadata: as from `load_prompts`;
-    they are what the reward will be asked about. Raises ValueError (unknown name, row that cannot be scored).
+    spec: names with optional weights, 'geneval' or 'geneval:1,jpeg:0.2'. prompts, metadata: as from
+    `load_prompts`; they are what the reward will be asked about. Raises ValueError (unknown name, row that
+    cannot be scored).
     """
     parts = {}
     for name, weight in parse_spec(spec).items():

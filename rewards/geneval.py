@@ -1,15 +1,16 @@
 """GenEval: does the image show what the prompt asks for, object by object?
 
 Scores the detections of an image against GenEval's metadata, three ways:
-  official   the benchmark's own rule (Ghosh et al. 2023): at least the asked count of each class; the first `count`
-             objects must have the colour and the position; `exclude` fails at its count.
+  official   the benchmark's own rule (Ghosh et al. 2023): at least the asked count of each class; the first
+             `count` objects must have the colour and the position; `exclude` fails at its count.
   strict     every clause exact: as official, but the count must be equal and all found objects are examined.
   soft       for training, in [0, 1]: the mean over clauses of how nearly each holds (see `soft_score`).
-The reward trained on is the mean of soft and strict: soft alone can be raised while strict falls (three objects out
-of four earn most of the credit), strict alone is flat where a prompt never succeeds.
+The reward trained on is the mean of soft and strict: soft alone can be raised while strict falls (three
+objects out of four earn most of the credit), strict alone is flat where a prompt never succeeds.
 
-Metadata, in GenEval's format: {"tag", "include": [{"class", "count", "color"?, "position"?: [relation, index]}],
-"exclude"?: [{"class", "count"}], "prompt"}. The detector is passed in: `detector(images) -> list of Detection lists`.
+Metadata, in GenEval's format: {"tag", "include": [{"class", "count", "color"?, "position"?: [relation,
+index]}], "exclude"?: [{"class", "count"}], "prompt"}. The detector is passed in: `detector(images) -> list of
+Detection lists`.
 """
 
 from collections import namedtuple
@@ -51,7 +52,7 @@ def excluded_is_absent(groups, metadata):
 
 
 def passes(detections, metadata, exact):
-    """True when every clause holds: GenEval's own rule, or with `exact` the strict one (no object too many)."""
+    """True when every clause holds: GenEval's own rule, or with `exact` the strict one."""
     groups, matched, correct = group_by_class(detections), [], True
     for clause in metadata["include"]:
         found = groups.get(clause["class"], [])
@@ -76,7 +77,7 @@ def soft_score(detections, metadata):
     count      1 - |asked - found| / asked, at least 0 (Flow-GRPO's training score goes negative here)
     colour     the same over the objects of that colour; 0 while the count is wrong
     position   share of (object, target) pairs in the asked relation; 0 while either count is wrong
-    exclude    1 when no excluded class reaches its count: one clause for all of them, so that extra objects cost
+    exclude    1 when no excluded class reaches its count: one clause for all, so that extras cost
     """
     groups, counted, scores = group_by_class(detections), [], []
     for clause in metadata["include"]:

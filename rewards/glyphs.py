@@ -1,4 +1,4 @@
-"""The tiny world's writing: a 5 x 7 dot-matrix alphabet (A-Z, 0-9) and its reader, by template overlap, no weights."""
+"""The tiny world's writing: a 5 x 7 dot-matrix alphabet and its reader, by template overlap, no weights."""
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ def bitmap(character):
 
 
 def templates():
-    """Each glyph stretched over its own box, as the reader sees a component: (36, GRID_H, GRID_W) bool, (36,) w/h."""
+    """Each glyph stretched over its own box, and the box's w/h: (36, GRID_H, GRID_W) bool, (36,) float."""
     grids, aspects = [], []
     for character in CHARACTERS:
         dots = bitmap(character)

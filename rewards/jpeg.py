@@ -1,4 +1,5 @@
-"""JPEG size as a reward: needs no weights and works with any pipeline, so it is the first thing to try on a new model.
+"""JPEG size as a reward: needs no weights and works with any pipeline, so it is the first thing to try on a
+new model.
 
 compressibility = -(kilobytes at quality 95); incompressibility is its negative (Black et al. 2023, DDPO).
 """

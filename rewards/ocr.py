@@ -1,7 +1,9 @@
-"""OCR: is the asked text written in the image? One minus the edit distance over the text's length (Flow-GRPO's formula).
+"""OCR: is the asked text written in the image? One minus the edit distance over the text's length
+(Flow-GRPO's formula).
 
-Target: metadata["text"], else the prompt's first span in double quotes. Both sides are compared in lower case and
-without spaces. The recogniser is passed in: `recogniser(images) -> list of strings`, None where it failed on an image.
+Target: metadata["text"], else the prompt's first span in double quotes. Both sides are compared in lower case
+and without spaces. The recogniser is passed in: `recogniser(images) -> list of strings`, None where it failed
+on an image.
 """
 
 import torch

@@ -1,4 +1,5 @@
-"""What a run leaves behind: metrics.jsonl, pictures, a line an iteration, a summary at the end, and W&B if asked for.
+"""What a run leaves behind: metrics.jsonl, pictures, a line an iteration, a summary at the end, and W&B if
+asked for.
 
 Only the first process of a run makes a Report. Every logged name is explained in docs/.
 """
@@ -27,7 +28,7 @@ def mean(values):
 
 
 def summarise(scores, metadata, suffix):
-    """{"eval/<name><suffix>": mean, "eval/<name><suffix>/<tag>": mean over a tag}. scores: {name: {row: value}}."""
+    """Means, "eval/<name><suffix>" of all rows and ".../<tag>" of a tag's. scores: {name: {row: value}}."""
     means = {}
     for name, values in scores.items():
         means[f"eval/{name}{suffix}"] = mean(values.values())
@@ -38,7 +39,7 @@ def summarise(scores, metadata, suffix):
 
 
 def save_samples(path, prompts, values, pictures):
-    """16 images spread over the prompt file, with prompt and reward. values {row: reward}, pictures {row: (3, H, W)}."""
+    """16 images spread over the file, with prompt and reward. values {row: reward}, pictures {row: (3, H, W)}."""
     rows = sorted(pictures)[:: max(len(pictures) // 16, 1)][:16]
     sheet = matplotlib.figure.Figure(figsize=(16, 5))
     for axes, row in zip(sheet.subplots(2, 8).flat, rows):
@@ -66,7 +67,7 @@ def save_curve(path, metrics):
 
 
 def reward_metrics(scores):
-    """The charts/ and rewards/ metrics of a rollout. scores: {name: (P, K)}, "reward" the sum that is trained on."""
+    """The charts/ and rewards/ metrics of a rollout. scores: {name: (P, K)}, "reward" is trained on."""
     values = scores["reward"]
     spread = values.nan_to_num(0).std(dim=1, correction=0)
     row = {f"rewards/{name}": value.nanmean().item() for name, value in scores.items() if name != "reward"}
@@ -78,7 +79,7 @@ def reward_metrics(scores):
 
 
 class Clock:
-    """Seconds per phase: stop(phase) books the time since the last call, once the device has finished its work."""
+    """Seconds per phase: stop(phase) books the time since the last call, once the device has finished."""
 
     def __init__(self, device):
         self.device, self.seconds, self.last = device, {}, time.perf_counter()
@@ -90,7 +91,7 @@ class Clock:
         self.seconds[phase], self.last = self.seconds.get(phase, 0) + now - self.last, now
 
     def metrics(self, num_images):
-        """The perf/ metrics of an iteration: seconds per phase, images per second without evaluation, peak memory."""
+        """The perf/ metrics: seconds per phase, images per second without evaluation, peak memory."""
         training = sum(seconds for phase, seconds in self.seconds.items() if phase != "evaluate")
         row = {f"perf/seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
         row["perf/images_per_second"] = num_images / training if training else 0.0
@@ -115,7 +116,8 @@ def main(train, args):
 
 
 def open_run(Args, args, script):
-    """(args, run_dir) of the run that args.resume names, whose saved arguments replace all others, or of a new run.
+    """(args, run_dir) of the run that args.resume names, whose saved arguments replace all others, or of a
+    new run.
 
     Raises BadInput when the folder to resume is missing, damaged or another algorithm's.
     """
@@ -165,7 +167,7 @@ class Report:
             self.wandb = wandb.init(**where, name=name, id=name, resume="allow", config=vars(args))
 
     def write(self, row, evaluations):
-        """Adds a row, {name: number}. evaluations: {"eval...": (prompts, metadata, scores, pictures)}, empty if none."""
+        """Adds a row, {name: number}; evaluations: {"eval...": (prompts, metadata, scores, pictures)} or {}."""
         for name, (prompts, metadata, scores, pictures) in evaluations.items():
             row |= summarise(scores, metadata, name.removeprefix("eval"))
             if name == "eval":
@@ -203,9 +205,7 @@ class Report:
         for name in (name for name in before if name.startswith("eval/") and name.count("/") == 1):
             change = after[name] - before[name]
             print(f"{name:36s} before {before[name]:.3f}   after {after[name]:.3f}   change {change:+.3f}")
-        print(
-            f"{after['charts/num_images']} images, {time.time() - self.began:.0f} s, run folder {self.run_dir}"
-        )
+        print(f"{after['charts/num_images']} images, {time.time() - self.began:.0f} s, folder {self.run_dir}")
         print(f"look at {self.run_dir / 'before_after.png'} (base model above, trained below) and reward.png")
         if self.wandb:
             self.wandb.finish()

@@ -1,8 +1,10 @@
-"""The tiny world's detector: finds circles, squares, triangles and crosses, from first principles, no weights.
+"""The tiny world's detector: finds circles, squares, triangles and crosses, from first principles, no
+weights.
 
-Foreground = far from the background colour; objects = connected components; shape = best overlap with a template
-stretched over the component's box; colour = nearest palette entry. Batched torch, well under a millisecond an image.
-The palette and the geometry are defined here, once; `tiny/world.py` draws with them, so drawing and detecting agree.
+Foreground = far from the background colour; objects = connected components; shape = best overlap with a
+template stretched over the component's box; colour = nearest palette entry. Batched torch, well under a
+millisecond an image. The palette and the geometry are defined here, once; `tiny/world.py` draws with them, so
+drawing and detecting agree.
 """
 
 import torch
@@ -32,7 +34,7 @@ GRID = 24  # templates are compared on GRID x GRID points of the component's box
 
 
 def inside(shape, u, v):
-    """Signed distance to the shape's edge, positive inside; u, v in units of its half-size, v pointing down."""
+    """Signed distance to the shape's edge, positive inside; u, v in half-sizes, v pointing down."""
     if shape == "circle":
         return 1 - (u**2 + v**2) ** 0.5
     if shape == "square":
@@ -48,7 +50,8 @@ def inside(shape, u, v):
 
 
 def connected_components(mask):
-    """Labels 8-connected components. mask (B, H, W) bool -> (B, H, W) int64, 0 outside, ids unique over the batch.
+    """Labels 8-connected components. mask (B, H, W) bool -> (B, H, W) int64, 0 outside, ids unique over the
+    batch.
 
     Each pixel takes the largest id among its neighbours until nothing changes; ids start as pixel numbers.
     """
@@ -65,8 +68,9 @@ def connected_components(mask):
 def measure_components(mask, min_area):
     """Boxes of the connected components of a batch of masks.
 
-    mask (B, H, W) bool. Returns labels (B, H, W) int64 (0 = none, n + 1 = component n), owner (N,) the image each
-    component is in, box (N, 4) as x0, y0, x1, y1 with x1, y1 exclusive. Components under min_area pixels are dropped.
+    mask (B, H, W) bool. Returns labels (B, H, W) int64 (0 = none, n + 1 = component n), owner (N,) the image
+    each component is in, box (N, 4) as x0, y0, x1, y1 with x1, y1 exclusive. Components under min_area pixels
+    are dropped.
     """
     B, H, W = mask.shape
     roots, labels, area = connected_components(mask).unique(return_inverse=True, return_counts=True)

@@ -4,9 +4,10 @@
     python -m tiny.pretrain sd3      text encoders and flow transformer, about an hour; needs the autoencoder
     python -m tiny.pretrain eval     score the pipeline in tiny/sd3 on the evaluation prompts
 
-Each stage is deterministic from --seed on one machine, shows its progress, writes a checkpoint every --save-every steps
-to --work and goes on from it when started again. The result is a plain diffusers folder, tiny/sd3.
-Conventions: t in [0, 1], t = 1 is noise; x_t = (1 - t) x_0 + t eps; the transformer learns v = eps - x_0.
+Each stage is deterministic from --seed on one machine, shows its progress, writes a checkpoint every
+--save-every steps to --work and goes on from it when started again. The result is a plain diffusers folder,
+tiny/sd3. Conventions: t in [0, 1], t = 1 is noise; x_t = (1 - t) x_0 + t eps; the transformer learns v = eps
+- x_0.
 """
 
 import argparse
@@ -35,12 +36,12 @@ from tiny import world
 HERE = Path(__file__).parent
 MAX_TOKENS = 24  # longest prompt of the world is 20 tokens with its start and end
 TEXT_WIDTH, WIDTH = 64, 128
-NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants to be told, also by the folder's reader
+NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants to be told
 
 
 # ---- tokenizer: one token a word, one a character of a text to draw ----
 def vocabulary():
-    """All words of the world's sentences. Words are lower case, characters to draw are upper case or digits."""
+    """All words of the world's sentences. Words are lower case, characters to draw are not."""
     tables = (world.SHAPE_WORDS, world.COLOR_WORDS, world.COUNT_WORDS, world.RELATION_WORDS, world.SENTENCES)
     phrases = [phrase for table in tables for options in table.values() for phrase in options]
     phrases += [name for row in world.PLACES for name in row] + [
@@ -152,12 +153,13 @@ def images_to_tensor(images):
 
 # ---- training loops ----
 def learning_rate(step, num_steps, peak, warmup=100, decay_share=0.25):
-    """Warm-up, constant, then linear to zero over the last quarter, where most of the sharpness comes from."""
+    """Warm-up, constant, then linear to zero over the last quarter, which sharpens the most."""
     return peak * min((step + 1) / warmup, (num_steps - step) / (decay_share * num_steps), 1)
 
 
 def fit(name, modules, loss_at, args, num_steps, peak, ema_decay=0.0):
-    """Minimises loss_at(step) over the modules' weights; resumes from its own checkpoint; ends with averaged weights.
+    """Minimises loss_at(step) over the modules' weights; resumes from its own checkpoint; ends with averaged
+    weights.
 
     loss_at draws its data from the step number alone, so an interrupted run continues as if it had not been.
     """
@@ -233,7 +235,7 @@ def pretrain_vae(args):
 
 
 def encode_dataset(vae, seed, size):
-    """size examples as (contents, things, latents (size, 8, 8, 8)): drawn and encoded once, reworded at every use."""
+    """size examples as (contents, things, latents (size, 8, 8, 8)): drawn once, reworded at every use."""
     rng, contents, things, latents = random.Random(f"{seed}-data"), [], [], []
     for _ in tqdm(range(size // 64), desc="encode", mininterval=10):
         batch = [world.sample(rng) for _ in range(64)]
@@ -246,7 +248,7 @@ def encode_dataset(vae, seed, size):
 
 
 def encode_prompts(pipe, prompts):
-    """What StableDiffusion3Pipeline.encode_prompt does without T5, with gradients: embeds (B, L, D), pooled (B, D)."""
+    """StableDiffusion3Pipeline.encode_prompt without T5, with gradients: embeds (B, L, D), pooled (B, D)."""
     ids = pipe.tokenizer(
         prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
     ).input_ids

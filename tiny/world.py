@@ -3,9 +3,10 @@
     python -m tiny.world             write tiny/prompts/*.jsonl again (same seed, same files)
     python -m tiny.world --show F    draw a sheet of examples to the picture F
 
-A scene starts as *content*, what a prompt asks for (GenEval metadata: tag, include, exclude); what the content leaves
-open (a colour, a size, a place) is drawn at random. The same content can be said in three wordings: canonical,
-paraphrased, detailed. Evaluation contents never occur among the training contents: see `split_contents`.
+A scene starts as *content*, what a prompt asks for (GenEval metadata: tag, include, exclude); what the
+content leaves open (a colour, a size, a place) is drawn at random. The same content can be said in three
+wordings: canonical, paraphrased, detailed. Evaluation contents never occur among the training contents: see
+`split_contents`.
 """
 
 import argparse
@@ -31,7 +32,7 @@ PROMPTS = Path(__file__).parent / "prompts"
 
 Thing = namedtuple("Thing", "shape color x y r")  # centre and half-size in pixels
 
-# ---- wording: canonical word, a synonym the RL prompts may use, and one that is held out of all RL training ----
+# ---- wording: canonical word, a synonym, and one that is held out of all RL training ----
 SHAPE_WORDS = {
     "circle": ("circle", "disc", "ball"),
     "square": ("square", "box", "block"),
@@ -157,7 +158,7 @@ def all_contents(tag):
 
 
 def facts(content):
-    """What a content says, whatever the wording or the side it is said from: equal facts mean equal content."""
+    """What a content says, whatever the wording or the side it is said from."""
     if content["tag"] == "text":
         return ("text", content["text"])
     said = []
@@ -186,7 +187,7 @@ def text_content(text):
 
 
 def random_text(rng, evaluation=None):
-    """Two or three characters. evaluation True or False keeps to that side of the split, None takes either."""
+    """Two or three characters. evaluation True or False keeps to that side of the split."""
     while True:
         text = "".join(rng.choices(CHARACTERS, k=rng.choice((2, 3))))
         if evaluation is None or evaluation == (random.Random(text).random() < 1 / 3):
@@ -268,7 +269,7 @@ def sample(rng, text_share=0.25):
 
 
 def wording(content, things, rng):
-    """A prompt for an example, as unevenly worded as real captions: 60% canonical, 15% paraphrased, 25% detailed."""
+    """A prompt for an example, worded as unevenly as captions: 60% canonical, 15% paraphrased, 25% detailed."""
     kind = rng.random()
     if kind < 0.60:
         return canonical(content)
@@ -317,7 +318,7 @@ CONTENTS = {tag: all_contents(tag) for tag in TAGS}
 
 # ---- prompt files ----
 def write_prompts(seed=0):
-    """Writes tiny/prompts/*.jsonl: GenEval's metadata a line, evaluation contents disjoint from training's."""
+    """Writes tiny/prompts/*.jsonl: GenEval's metadata a line, evaluation contents disjoint from training."""
     rng, files = random.Random(seed), {}
     # contents are repeated, 64 lines a tag, so that each tag weighs the same, as in GenEval
     splits = [[itertools.islice(itertools.cycle(part), 64) for part in split_contents(tag)] for tag in TAGS]
