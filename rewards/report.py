@@ -39,7 +39,7 @@ def summarise(scores, metadata, suffix):
 
 
 def save_samples(path, prompts, values, pictures):
-    """16 images spread over the file, with prompt and reward. values {row: reward}, pictures {row: (3, H, W)}."""
+    """16 images spread over the file. values {row: reward}, pictures {row: (3, H, W)}."""
     rows = sorted(pictures)[:: max(len(pictures) // 16, 1)][:16]
     sheet = matplotlib.figure.Figure(figsize=(16, 5))
     for axes, row in zip(sheet.subplots(2, 8).flat, rows):
@@ -167,7 +167,7 @@ class Report:
             self.wandb = wandb.init(**where, name=name, id=name, resume="allow", config=vars(args))
 
     def write(self, row, evaluations):
-        """Adds a row, {name: number}; evaluations: {"eval...": (prompts, metadata, scores, pictures)} or {}."""
+        """Adds a row, {name: number}; evaluations: {file: (prompts, metadata, scores, pictures)} or {}."""
         for name, (prompts, metadata, scores, pictures) in evaluations.items():
             row |= summarise(scores, metadata, name.removeprefix("eval"))
             if name == "eval":
@@ -180,16 +180,14 @@ class Report:
             save_curve(self.run_dir / "reward.png", self.metrics)
         if self.wandb:
             self.wandb.log(row, step=row["iteration"])
-        shown = {
-            name: value for name, value in row.items() if name.startswith("eval/") and name.count("/") == 1
-        }
         if "charts/reward_mean" in row:
-            shown = {"reward": row["charts/reward_mean"], "images/s": row["perf/images_per_second"]} | shown
-        print(
-            f"[{row['iteration']}]",
-            ", ".join(f"{name} {value:.3f}" for name, value in shown.items()),
-            flush=True,
-        )
+            rate = row["perf/images_per_second"]
+            print(
+                f"[{row['iteration']}] reward {row['charts/reward_mean']:.3f}, {rate:.0f} images/s",
+                flush=True,
+            )
+        for name in sorted(name for name in row if name.startswith("eval/") and name.count("/") == 1):
+            print(f"[{row['iteration']}] {name} {row[name]:.3f}", flush=True)
 
     def close(self):
         """Prints before, after and time, and makes the picture to look at."""
@@ -202,7 +200,8 @@ class Report:
         for i, sheet in enumerate(sheets):
             both.paste(sheet, (0, i * sheet.height))
         both.save(self.run_dir / "before_after.png")
-        for name in (name for name in before if name.startswith("eval/") and name.count("/") == 1):
+        print()
+        for name in sorted(name for name in before if name.startswith("eval/") and name.count("/") == 1):
             change = after[name] - before[name]
             print(f"{name:36s} before {before[name]:.3f}   after {after[name]:.3f}   change {change:+.3f}")
         print(f"{after['charts/num_images']} images, {time.time() - self.began:.0f} s, folder {self.run_dir}")

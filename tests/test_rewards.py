@@ -138,10 +138,12 @@ def test_the_geneval_table_covers_every_tag():
         ((0, 0, 20, 20), (100, 100, 120, 120), {"above", "left of"}),
         ((100, 0, 120, 20), (0, 100, 20, 120), {"above", "right of"}),
         ((0, 0, 100, 100), (15, 0, 115, 100), set()),  # within a tenth of the summed sizes
-        ((0, 0, 100, 100), (19, 0, 119, 100), set()),  # beyond it, but by less than half of the offset
+        ((0, 0, 100, 100), (39, 0, 139, 100), set()),  # beyond it, but by less than half of the offset
         ((0, 0, 100, 100), (41, 0, 141, 100), {"left of"}),
         ((0, 0, 20, 20), (0, 0, 20, 20), set()),
         ((0, 0, 20, 20), (100, 20, 120, 40), {"left of"}),  # mostly sideways
+        ((0, 0, 20, 20), (40, 100, 60, 120), {"above"}),
+        ((100, 40, 120, 60), (0, 0, 20, 20), {"right of"}),
     ],
 )
 def test_relative_position_follows_genevals_rule(a, b, relations):

@@ -269,7 +269,7 @@ def sample(rng, text_share=0.25):
 
 
 def wording(content, things, rng):
-    """A prompt for an example, worded as unevenly as captions: 60% canonical, 15% paraphrased, 25% detailed."""
+    """A prompt for an example, unevenly worded: 60% canonical, 15% paraphrased, 25% detailed."""
     kind = rng.random()
     if kind < 0.60:
         return canonical(content)
