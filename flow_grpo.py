@@ -81,9 +81,7 @@ class Args:
     num_images_per_prompt: int = 16  # K, the size of a group
     num_inference_steps: int = 8  # T, denoising steps of a training sample; fewer than at evaluation is fine
     eval_num_inference_steps: int = 10  # denoising steps of an evaluation sample
-    guidance_scale: float = (
-        1.0  # classifier-free, in sampling, loss and evaluation; 1: none, at half the cost
-    )
+    guidance_scale: float = 1.0  # classifier-free, in sampling, loss and evaluation; 1: none, half the cost
     noise_level: float = 0.7  # a, strength of the SDE's noise
     sde_type: Literal["flow", "cps"] = "flow"  # the paper's SDE, or CPS (2509.05952)
     sde_window: int = 2  # W, steps with noise and training, in the noisy half; 0: all but the last
@@ -134,8 +132,10 @@ def base_weights(transformer, reference):
         yield reference
     else:
         transformer.disable_adapters()
-        yield transformer
-        transformer.enable_adapters()
+        try:
+            yield transformer
+        finally:
+            transformer.enable_adapters()
 
 
 @torch.no_grad()
@@ -365,7 +365,7 @@ def check_args(args, world_size):
         raise BadInput(f"--num-prompts-per-iteration {P} is no multiple of {share} (processes times updates)")
     if args.num_images_per_prompt < 2:
         raise BadInput("--num-images-per-prompt must be at least 2: the images of a prompt are compared")
-    if not 0 <= args.sde_window < args.num_inference_steps:
+    if not 0 <= args.sde_window < args.num_inference_steps or args.num_inference_steps < 2:
         raise BadInput(f"--sde-window {args.sde_window} must be below --num-inference-steps")
     if args.noise_level <= 0:
         raise BadInput("--noise-level must be above 0: a step without noise has no log-probability")

@@ -14,6 +14,7 @@ its own value among them, for logs.
 
 import importlib
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -45,7 +46,9 @@ def parse_spec(spec):
         try:
             weights[name] = float(weight or 1)
         except ValueError:
-            raise BadInput(f"the weight {weight!r} of reward {name!r} is not a number") from None
+            weights[name] = math.nan
+        if not math.isfinite(weights[name]):
+            raise BadInput(f"the weight {weight!r} of reward {name!r} is not a number")
     return weights
 
 
@@ -60,7 +63,7 @@ def load_prompts(path):
     if not path.is_file():
         raise BadInput(f"prompt file {path} does not exist")
     prompts, metadata = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         row = {"prompt": line.strip()}

@@ -100,31 +100,36 @@ def soft_score(detections, metadata):
 def check_metadata(metadata):
     """Raises ValueError, saying what is wrong, unless the row has what the scorer reads."""
     if not isinstance(metadata.get("include"), list) or not metadata["include"]:
-        raise ValueError(
-            'geneval needs a non-empty "include" list in the metadata: use a .jsonl in GenEval\'s format'
-        )
-    for i, clause in enumerate(metadata["include"]):
-        if not isinstance(clause, dict) or "class" not in clause or not isinstance(clause.get("count"), int):
-            raise ValueError(f'geneval: include[{i}] needs "class" and an integer "count"')
-        if clause["count"] < 1:
-            raise ValueError(
-                f"geneval: include[{i}] asks for a count of {clause['count']}, at least 1 is needed"
-            )
-        if "position" in clause and not (
-            len(clause["position"]) == 2
-            and clause["position"][0] in RELATIONS
-            and clause["position"][1] in range(i)
-        ):
-            raise ValueError(
-                f'geneval: include[{i}]["position"] must be [relation, index of an earlier clause]'
-            )
-    for i, clause in enumerate(metadata.get("exclude", [])):
-        if not isinstance(clause, dict) or "class" not in clause or not isinstance(clause.get("count"), int):
-            raise ValueError(f'geneval: exclude[{i}] needs "class" and an integer "count"')
+        raise ValueError('geneval needs a non-empty "include" list: use a .jsonl in GenEval\'s format')
+    if not isinstance(metadata.get("exclude", []), list):
+        raise ValueError('geneval: "exclude" must be a list')
+    for name in ("include", "exclude"):
+        for i, clause in enumerate(metadata.get(name, [])):
+            if (
+                not isinstance(clause, dict)
+                or "class" not in clause
+                or not isinstance(clause.get("count"), int)
+            ):
+                raise ValueError(f'geneval: {name}[{i}] needs "class" and an integer "count"')
+            if clause["count"] < 1:
+                raise ValueError(
+                    f"geneval: {name}[{i}] has a count of {clause['count']}, at least 1 is needed"
+                )
+            position = clause.get("position")
+            if "position" in clause and not (
+                isinstance(position, list)
+                and len(position) == 2
+                and position[0] in RELATIONS
+                and isinstance(position[1], int)
+                and 0 <= position[1] < i
+            ):
+                raise ValueError(
+                    f'geneval: {name}[{i}]["position"] must be [relation, index of an earlier clause]'
+                )
 
 
 class GenEval:
-    """The reward: mean of soft and strict. `details` has all three scores (issued to evaluation logs)."""
+    """The reward: mean of soft and strict. `details` has all three scores (for the evaluation)."""
 
     def __init__(self, detector):
         self.detector = detector
@@ -151,10 +156,14 @@ def make_geneval(metadata, device):
     """The reward with the detector that knows the prompts' classes: here, the tiny world's shapes."""
     from rewards import shapes
 
-    clauses = [clause for row in metadata for clause in row.get("include", []) if isinstance(clause, dict)]
-    unknown = {str(clause.get("class")) for clause in clauses} - set(shapes.CLASSES)
-    if unknown:
-        raise ValueError(
-            f"geneval: no detector here knows {sorted(unknown)[0]!r}, only {', '.join(shapes.CLASSES)}"
-        )
+    for row in metadata:
+        for clause in (
+            row["include"] if isinstance(row.get("include"), list) else []
+        ):  # `check` reports the others
+            name, color = (
+                (clause.get(key) for key in ("class", "color")) if isinstance(clause, dict) else ("", None)
+            )
+            if name not in shapes.CLASSES or color not in (None, *shapes.PALETTE):
+                known = ", ".join((*shapes.CLASSES, *shapes.PALETTE))
+                raise ValueError(f"geneval: no detector here knows {color or ''} {name!r}, only {known}")
     return GenEval(shapes.detect)

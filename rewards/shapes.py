@@ -1,8 +1,7 @@
-"""The tiny world's detector: finds circles, squares, triangles and crosses, from first principles, no
-weights.
+"""The tiny world's detector: finds circles, squares, triangles and crosses, from first principles, no weights.
 
 Foreground = far from the background colour; objects = connected components; shape = best overlap with a
-template stretched over the component's box; colour = nearest palette entry. Batched torch, well under a
+template stretched over the component's box; colour = nearest palette entry. Batched torch, about a
 millisecond an image. The palette and the geometry are defined here, once; `tiny/world.py` draws with them, so
 drawing and detecting agree.
 """
@@ -110,7 +109,7 @@ def detect(images):
     """Objects of each image. images (B, 3, H, W) float in [0, 1] -> one list of `Detection` an image.
 
     Boxes are in pixels, `score` is the template overlap, `color` a palette name. A component that is no shape
-    (a blob, two objects that touch) is left out.
+    (a bar, a thin blob, objects that touch) is left out; a compact blob may still pass as its nearest shape.
     """
     images = images.float()
     background = torch.tensor(BACKGROUND, device=images.device) / 255

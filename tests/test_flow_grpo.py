@@ -90,7 +90,7 @@ GOLDEN = (tensor(0.3), tensor(-0.4), [1.0, 0.6, 0.5], 1)
     ],
 )
 def test_the_sde_keeps_the_marginals(n, sde, ode):
-    # towards the true mean 1 and variance .25. In the end the SDE's error falls like N^(-a^2), not like 1 / N:
+    # towards the true mean 1 and variance .25. In the end the SDE's error falls like N^(-a^2), not 1 / N:
     # near t = 1 the k-th step has the variance a^2 / k, whatever N
     for noise_level, variance in ((0.7, sde), (0.0, ode)):
         m, V = propagate(uniform_grid(n), noise_level)
@@ -424,7 +424,7 @@ def test_advantages_are_limited():
 
 @pytest.mark.parametrize("std", [0.05, 0.7])
 def test_statistics_of_the_ratio(std):
-    # D elements, means that moved by r std: log ratio ~ N(-r^2 / 2, r^2 / D), GRPO-Guard's ~ N(0, (r std)^2 / D)
+    # D elements, means that moved by r std: log ratio ~ N(-r^2 / 2, r^2 / D), Guard's ~ N(0, (r std)^2 / D)
     n, D, r = 40, 65_536, 0.1
     z = torch.randn(n, D, generator=torch.Generator().manual_seed(0))
     old_mean = torch.zeros(n, D)

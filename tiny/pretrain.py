@@ -283,6 +283,7 @@ def pretrain_sd3(args):
         return F.mse_loss(velocity, noise - x_0)
 
     fit("sd3", modules, loss_at, args, args.steps or 12000, peak=1.5e-3, ema_decay=0.999)
+    pipe.vae.register_to_config(_name_or_path="")  # else the folder of this machine is saved with it
     pipe.to(torch.bfloat16).save_pretrained(HERE / "sd3")
 
 

@@ -186,11 +186,16 @@ def text_content(text):
     return {"tag": "text", "text": text}
 
 
+def in_evaluation(key):
+    """A third of all strings, always the same ones: the evaluation side of a split."""
+    return random.Random(key).random() < 1 / 3
+
+
 def random_text(rng, evaluation=None):
     """Two or three characters. evaluation True or False keeps to that side of the split."""
     while True:
         text = "".join(rng.choices(CHARACTERS, k=rng.choice((2, 3))))
-        if evaluation is None or evaluation == (random.Random(text).random() < 1 / 3):
+        if evaluation is None or evaluation == in_evaluation(text):
             return text
 
 
@@ -331,8 +336,10 @@ def write_prompts(seed=0):
         files[name] = [text_content(t) | {"prompt": canonical(text_content(t))} for t in texts]
     for name, count in (("edit_train", 1024), ("edit_eval", 256)):
         files[name] = []
-        for _ in range(count):
+        while len(files[name]) < count:
             source, instruction, _, content = sample_edit(rng)
+            if in_evaluation(instruction + str(facts(content))) != (name == "edit_eval"):
+                continue
             files[name].append(
                 content | {"prompt": instruction, "source": [thing._asdict() for thing in source]}
             )
