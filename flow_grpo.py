@@ -62,8 +62,8 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen weights and of the forward passes
     output_dir: str = "runs"  # where the run's folder is made
     resume: str = ""  # a run's folder to go on with, exactly; all other flags are then read from it
-    eval_every: int = 15  # iterations between evaluations
-    save_every: int = 15  # iterations between checkpoints
+    eval_every: int = 16  # iterations between evaluations
+    save_every: int = 16  # iterations between checkpoints
     track: bool = False  # mirror the metrics to Weights & Biases
     wandb_project_name: str = "flow-rl"  # the W&B project
     wandb_entity: str | None = None  # the W&B team or user
@@ -92,9 +92,9 @@ class Args:
     ratio_norm: bool = False  # GRPO-Guard's ratio: unbiased, on one scale at every step
     kl_coef: float = 0.0  # beta, weight of the KL to the base model; a forward pass per trained step
     # optimisation
-    num_iterations: int = 90  # rollouts
+    num_iterations: int = 64  # rollouts
     num_updates_per_iteration: int = 2  # optimiser steps per rollout, each on its share of the prompts
-    learning_rate: float = 1.5e-4  # AdamW's, annealed linearly to zero over the run
+    learning_rate: float = 3e-4  # AdamW's, annealed linearly to zero over the run
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
 

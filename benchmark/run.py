@@ -1,6 +1,6 @@
 """Runs one setting of an algorithm on several seeds and keeps the evaluations, one JSON file a run.
 
-    python -m benchmark.run NAME flow_grpo.py --seeds 1 2 3 [--jobs 2] [-- FLAGS OF THE ALGORITHM FILE]
+    python -m benchmark.run NAME flow_grpo.py --seeds 1 2 3 [--jobs 2 --threads 1] [-- FLAGS OF THE ALGORITHM FILE]
 
 Writes benchmark/results/NAME-SEED.json: the command, commit, date, machine, seconds, and the rows of
 metrics.jsonl. A run whose file exists is skipped, so a grid that was cut off goes on where it stopped.
@@ -67,17 +67,17 @@ if __name__ == "__main__":
     parser.add_argument("name", help="of the setting, the stem of its files")
     parser.add_argument("script", help="algorithm file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each run")
     own, flags = sys.argv[1:], []
     if "--" in own:
         own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
     args = parser.parse_args(own)
-    threads = max((os.cpu_count() or 1) // args.jobs, 1)
     missing = [seed for seed in args.seeds if not (RESULTS / f"{args.name}-{seed}.json").exists()]
     running = []
     for seed in missing:
         if len(running) == args.jobs:
             finish(*running.pop(0))
-        running.append(start(args.name, seed, args.script, flags, threads))
+        running.append(start(args.name, seed, args.script, flags, args.threads))
     for run in running:
         finish(*run)

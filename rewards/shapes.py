@@ -1,4 +1,4 @@
-"""The tiny world's detector: finds circles, squares, triangles and crosses, from first principles, no weights.
+"""The tiny world's detector: finds circles, squares, triangles and crosses, from first principles.
 
 Foreground = far from the background colour; objects = connected components; shape = best overlap with a
 template stretched over the component's box; colour = nearest palette entry. Batched torch, about a
