@@ -1,6 +1,6 @@
 """Runs one setting of an algorithm on several seeds and keeps the evaluations, one JSON file a run.
 
-    python -m benchmark.run NAME flow_grpo.py --seeds 1 2 3 [--jobs 2 --threads 1] [-- FLAGS OF THE ALGORITHM FILE]
+    python -m benchmark.run NAME FILE.py --seeds 1 2 3 [--jobs 2 --threads 1] [-- FLAGS OF THE FILE]
 
 Writes benchmark/results/NAME-SEED.json: the command, commit, date, machine, seconds, and the rows of
 metrics.jsonl. A run whose file exists is skipped, so a grid that was cut off goes on where it stopped.
