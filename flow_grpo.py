@@ -14,8 +14,7 @@ One iteration:
 Differences from the paper and its code:
  1. The KL is the exact one, as in the paper; the code's lacks the step size (ours times dt).
  2. The last step is an ODE step, without noise. The learning rate is annealed; there is no EMA.
- 3. --sde-type cps keeps the true Gaussian density; the code drops its normaliser and 1 / (2 std^2), so that
-    ratio and clip range are on another scale.
+ 3. --sde-type cps keeps the true Gaussian density; the code drops its normaliser and its 1 / (2 std^2).
  4. With guidance the gradient flows through both branches; the first official script detaches one.
  5. A group of equal rewards gets weight zero instead of being dropped: batches keep their composition.
     A group is a row of the prompt file; the code merges rows of equal text.
@@ -349,8 +348,7 @@ def load_checkpoint(run_dir, transformer, optimizer):
         optimizer.load_state_dict(state["optimizer"])
         return state["iteration"]
     except Exception as error:  # a damaged file raises anything
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"cannot resume: {path} is missing, damaged or another model's ({reason})") from None
+        raise BadInput(f"cannot resume: {path} is missing or damaged ({type(error).__name__})") from None
 
 
 # === train ===
@@ -415,19 +413,22 @@ def train(args):
 
     done = load_checkpoint(run_dir, transformer, optimizer) if args.resume else -1  # iterations finished
     report = Report(run_dir, __file__, args, done) if rank == 0 else None
-    P, K = args.num_prompts_per_iteration // world_size, args.num_images_per_prompt  # P: of this process
-    B, share = P * K, P * K // args.num_updates_per_iteration  # images per rollout and per update
+    U, P, K = args.num_updates_per_iteration, args.num_prompts_per_iteration, args.num_images_per_prompt
+    # the prompts of an update are the same for any number of processes; a process has whole groups of each
+    own = np.arange(P).reshape(U, world_size, -1)[:, rank].flatten().tolist()
+    images = [i * K + k for i in own for k in range(K)]
+    B, share = len(images), len(images) // U  # this process's images per rollout and per update
     # the same micro-batches in rollout and loss: kernels differ with the batch size, so would the first ratio
     size, starts = min(args.micro_batch_size, share), range(0, B, share)
     updates = [[slice(j, min(j + size, i + share)) for j in range(i, i + share, size)] for i in starts]
     for iteration in range(done + 1, args.num_iterations + 1):  # number 0 only evaluates the base model
-        row, clock = {"iteration": iteration, "charts/num_images": iteration * B * world_size}, Clock(device)
+        row, clock = {"iteration": iteration, "charts/num_images": iteration * P * K}, Clock(device)
         if iteration > 0:
-            # 1. prompts and noises: each process takes whole groups
-            chosen = draw_prompts(len(prompts), P * world_size, args.seed, iteration)[rank * P :][:P]
-            texts, data = ([rows[i] for i in chosen for _ in range(K)] for rows in (prompts, metadata))
+            # 1. prompts and noises
+            drawn = draw_prompts(len(prompts), P, args.seed, iteration)
+            texts, data = ([rows[drawn[i]] for i in own for _ in range(K)] for rows in (prompts, metadata))
             window = draw_window(args.num_inference_steps, args.sde_window, args.seed, iteration)
-            noise = draw_noise(range(rank * B, rank * B + B), 1 + len(window), shape, args.seed, iteration)
+            noise = draw_noise(images, 1 + len(window), shape, args.seed, iteration)
 
             # 2. and 3. sample and score
             paths, scores = [], []
@@ -435,14 +436,13 @@ def train(args):
                 velocity_at, z = velocity_for(texts[batch]), noise[batch].to(device)
                 x_0, path = rollout(velocity_at, z, sigmas, window, args.noise_level, args.sde_type)
                 paths.append(path)
-                images = decode(pipe, x_0)
+                pictures = decode(pipe, x_0)
                 clock.stop("sample")
-                scores.append(reward.details(images, texts[batch], data[batch]))
+                scores.append(reward.details(pictures, texts[batch], data[batch]))
                 clock.stop("reward")
 
             # 4. advantages, from the rewards of all processes
-            parts = {name: torch.cat([part[name] for part in scores]).view(P, K) for name in scores[0]}
-            scores = {name: rewards.gather(part) for name, part in parts.items()}  # (P of all processes, K)
+            scores = {n: rewards.gather(torch.cat([s[n] for s in scores]).view(-1, K)) for n in scores[0]}
             row |= reward_metrics(scores)
             if row["charts/nan_fraction"] > 0.1:
                 raise FloatingPointError(f"{row['charts/nan_fraction']:.0%} of the rewards are NaN")
@@ -452,7 +452,7 @@ def train(args):
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
             sums, paths = torch.zeros(len(updates), 6, device=device), iter(paths)
-            terms = share * world_size * len(window)  # summands of an update's loss, over all processes
+            terms = P * K // U * len(window)  # summands of an update's loss, over all processes
             for update, batches in enumerate(tqdm(updates, desc="train", leave=False, disable=None)):
                 for batch in batches:
                     A, velocity_at = advantages[batch], velocity_for(texts[batch])
@@ -488,7 +488,7 @@ def train(args):
                 evaluations[name] = (*rows, *result)
             clock.stop("evaluate")
         if rank == 0:
-            report.write(row | clock.metrics(B * world_size), evaluations)
+            report.write(row | clock.metrics(P * K), evaluations)
             if iteration % args.save_every == 0 or last:
                 save_checkpoint(run_dir, transformer, optimizer, iteration)
     if rank == 0:

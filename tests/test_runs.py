@@ -6,15 +6,18 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import tyro
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from PIL import Image
 from safetensors import safe_open
 
 import flow_grpo
@@ -178,13 +181,21 @@ def test_three_kills_one_during_a_checkpoint_write_change_nothing(small):
 def test_two_processes_give_the_first_loss_and_the_images_of_one(small):
     flags = small(num_iterations=1, num_prompts_per_iteration=4)
     alone = train(Args(**flags | {"output_dir": flags["output_dir"] + "a"}))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
-    result = subprocess.run(torchrun + command(flags)[1:], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # what torchrun sets; its own rendezvous takes minutes on a machine whose name does not resolve
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [os.environ | common | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    processes = [subprocess.Popen(command(flags), env=environment) for environment in ranks]
+    assert [process.wait() for process in processes] == [0, 0]
     (both,) = Path(flags["output_dir"]).iterdir()
     one, two = metrics(alone), metrics(both)
     assert one[0] == pytest.approx(two[0], abs=1e-6)
-    assert (alone / "samples/000000.png").read_bytes() == (both / "samples/000000.png").read_bytes()
+    pictures = [np.asarray(Image.open(run / "samples/000000.png")).astype(int) for run in (alone, both)]
+    assert (
+        abs(pictures[0] - pictures[1]).max() <= 2
+    )  # of 255: rows meet in other batches, and are rounded to 8 bits
     for name in ("losses/policy_loss", "losses/grad_norm", "charts/reward_mean", "losses/ratio_first"):
         assert two[1][name] == pytest.approx(one[1][name], abs=1e-5), name
 
@@ -361,13 +372,14 @@ def readme_commands():
         for line in text.replace("\\\n", " ").splitlines():
             if (
                 "flow_grpo.py" in line
+                and "--help" not in line
                 and line.strip().startswith(("python ", "torchrun ", "pip "))
                 and "..." not in line
             ):
                 yield line.split("flow_grpo.py")[1].split("#")[0].split()
 
 
-@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+@pytest.mark.parametrize("words", list(readme_commands()), ids=" ".join)
 def test_every_documented_command_parses(words):
     args = tyro.cli(Args, args=words)
     flow_grpo.check_args(Args(**vars(args) | {"model": "tiny/sd3"}), world_size=1)
