@@ -16,8 +16,7 @@ Differences from the paper and its code:
  2. The last step is an ODE step, without noise. The learning rate is annealed; there is no EMA.
  3. --sde-type cps keeps the true Gaussian density; the code drops its normaliser and its 1 / (2 std^2).
  4. With guidance the gradient flows through both branches; the first official script detaches one.
- 5. A group of equal rewards gets weight zero instead of being dropped: batches keep their composition.
-    A group is a row of the prompt file; the code merges rows of equal text.
+ 5. A group of equal rewards gets weight zero instead of being dropped; a group is a row, not a text.
  6. --ratio-norm is GRPO-Guard's ratio (2510.22319), without its weights per step.
 
 Run (time and memory: docs/flow_grpo.md; with real weights: not run, not measured):
@@ -27,7 +26,6 @@ Run (time and memory: docs/flow_grpo.md; with real weights: not run, not measure
       --num-inference-steps 10 --sde-window 0 --eval-num-inference-steps 40 --guidance-scale 4.5 \\
       --clip-range 1e-4 --num-prompts-per-iteration 8 --num-images-per-prompt 8 --micro-batch-size 8
   torchrun --nproc_per_node=8 flow_grpo.py ... --num-prompts-per-iteration 48 --num-images-per-prompt 24
-
 Conventions: t in [0, 1], t = 1 is noise; x_t = (1 - t) x_0 + t eps; v = eps - x_0; sampling runs from 1 to 0.
 Letters: P prompts, K images per prompt, B = P * K, T steps, W trained steps, (C, h, w) a latent.
 """
@@ -55,7 +53,6 @@ from rewards.report import Clock, Report, main, open_run, reward_metrics
 
 @dataclasses.dataclass
 class Args:
-    # run
     seed: int = 1  # of the prompts' order and of every noise; on the CPU a run repeats bit for bit
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen weights and of the forward passes
@@ -94,6 +91,7 @@ class Args:
     num_iterations: int = 64  # rollouts
     num_updates_per_iteration: int = 2  # optimiser steps per rollout, each on its share of the prompts
     learning_rate: float = 3e-4  # AdamW's, annealed linearly to zero over the run
+    warmup_iterations: int = 0  # the learning rate rises linearly over these first iterations
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
 
@@ -449,8 +447,11 @@ def train(args):
             advantages = group_advantages(scores["reward"], args.advantage_std).flatten()[rank * B :][:B]
 
             # 5. to 7. log-probabilities, loss, optimiser steps
+            schedule = min(
+                iteration / max(args.warmup_iterations, 1), 1 - (iteration - 1) / args.num_iterations
+            )
             for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
+                group["lr"] = args.learning_rate * schedule
             sums, paths = torch.zeros(len(updates), 6, device=device), iter(paths)
             terms = P * K // U * len(window)  # summands of an update's loss, over all processes
             for update, batches in enumerate(tqdm(updates, desc="train", leave=False, disable=None)):
@@ -481,14 +482,13 @@ def train(args):
             row |= {f"losses/{name}": value.item() for name, value in zip(names, sums.mean(0))}
             row |= {"losses/ratio_first": sums[0, 2].item(), "losses/learning_rate": group["lr"]}
 
-        evaluations, last = {}, iteration == args.num_iterations
+        results, last = {}, iteration == args.num_iterations
         if iteration % args.eval_every == 0 or last:
             for name, rows in files.items():
-                result = rewards.evaluate(sample_ode, *rows, reward, args.micro_batch_size)
-                evaluations[name] = (*rows, *result)
+                results[name] = (*rows, *rewards.evaluate(sample_ode, *rows, reward, args.micro_batch_size))
             clock.stop("evaluate")
         if rank == 0:
-            report.write(row | clock.metrics(P * K), evaluations)
+            report.write(row | clock.metrics(P * K), results)
             if iteration % args.save_every == 0 or last:
                 save_checkpoint(run_dir, transformer, optimizer, iteration)
     if rank == 0:
