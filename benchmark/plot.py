@@ -92,7 +92,8 @@ def write(runs):
         clipped = [row["losses/clipfrac_positive"] + row["losses/clipfrac_negative"] for row in training]
         lines += [f"## {name}", "", f"{what}.", ""]
         lines += [f"- command: `{group[0]['command']}`, seeds {', '.join(str(run['seed']) for run in group)}"]
-        lines += [f"- commit {group[0]['commit']}, {group[0]['date']}, {group[0]['machine']}"]
+        commits = ", ".join(dict.fromkeys(run["commit"] for run in group))
+        lines += [f"- commit {commits}, {group[0]['date']}, {group[0]['machine']}"]
         lines += [
             f"- seconds a run, start-up included: {', '.join(str(round(run['seconds'])) for run in group)}"
         ]
