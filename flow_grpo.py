@@ -91,7 +91,6 @@ class Args:
     num_iterations: int = 64  # rollouts
     num_updates_per_iteration: int = 2  # optimiser steps per rollout, each on its share of the prompts
     learning_rate: float = 3e-4  # AdamW's, annealed linearly to zero over the run
-    warmup_iterations: int = 0  # the learning rate rises linearly over these first iterations
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
 
@@ -409,7 +408,7 @@ def train(args):
         noise = draw_noise(rows, 1, shape, seed=0, iteration=0).to(device)  # the same in every run
         return decode(pipe, rollout(velocity_for(texts), noise, eval_sigmas, (), 0.0, "flow")[0])
 
-    done = load_checkpoint(run_dir, transformer, optimizer) if args.resume else -1  # iterations finished
+    done = load_checkpoint(run_dir, transformer, optimizer) if args.resume else -1  # the last iteration
     report = Report(run_dir, __file__, args, done) if rank == 0 else None
     U, P, K = args.num_updates_per_iteration, args.num_prompts_per_iteration, args.num_images_per_prompt
     # the prompts of an update are the same for any number of processes; a process has whole groups of each
@@ -417,8 +416,8 @@ def train(args):
     images = [i * K + k for i in own for k in range(K)]
     B, share = len(images), len(images) // U  # this process's images per rollout and per update
     # the same micro-batches in rollout and loss: kernels differ with the batch size, so would the first ratio
-    size, starts = min(args.micro_batch_size, share), range(0, B, share)
-    updates = [[slice(j, min(j + size, i + share)) for j in range(i, i + share, size)] for i in starts]
+    M, starts = args.micro_batch_size, range(0, B, share)
+    updates = [[slice(j, min(j + M, i + share)) for j in range(i, i + share, M)] for i in starts]
     for iteration in range(done + 1, args.num_iterations + 1):  # number 0 only evaluates the base model
         row, clock = {"iteration": iteration, "charts/num_images": iteration * P * K}, Clock(device)
         if iteration > 0:
@@ -447,11 +446,8 @@ def train(args):
             advantages = group_advantages(scores["reward"], args.advantage_std).flatten()[rank * B :][:B]
 
             # 5. to 7. log-probabilities, loss, optimiser steps
-            schedule = min(
-                iteration / max(args.warmup_iterations, 1), 1 - (iteration - 1) / args.num_iterations
-            )
             for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * schedule
+                group["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
             sums, paths = torch.zeros(len(updates), 6, device=device), iter(paths)
             terms = P * K // U * len(window)  # summands of an update's loss, over all processes
             for update, batches in enumerate(tqdm(updates, desc="train", leave=False, disable=None)):

@@ -54,13 +54,14 @@ def connected_components(mask):
 
     Each pixel takes the largest id among its neighbours until nothing changes; ids start as pixel numbers.
     """
-    ids = torch.arange(1, mask.numel() + 1, device=mask.device, dtype=torch.float64).view_as(mask) * mask
-    # max_pool2d wants floats: float32 is exact up to 2**24 pixels, float64 for any batch
-    ids = ids.float() if mask.numel() < 2**24 else ids
+    ids = torch.arange(1, mask.numel() + 1, device=mask.device).view_as(mask) * mask
     while True:
-        grown = F.max_pool2d(ids[:, None], kernel_size=3, stride=1, padding=1)[:, 0] * mask
+        wide = F.pad(ids, (1, 1))  # the largest of three neighbours in a row, then of three rows
+        grown = torch.maximum(torch.maximum(wide[:, :, :-2], wide[:, :, 2:]), ids)
+        tall = F.pad(grown, (0, 0, 1, 1))
+        grown = torch.maximum(torch.maximum(tall[:, :-2], tall[:, 2:]), grown) * mask
         if torch.equal(grown, ids):
-            return ids.long()
+            return ids
         ids = grown
 
 
@@ -72,17 +73,16 @@ def measure_components(mask, min_area):
     are dropped.
     """
     B, H, W = mask.shape
-    roots, labels, area = connected_components(mask).unique(return_inverse=True, return_counts=True)
-    if roots[0] != 0:  # no background pixel at all: make room for label 0
-        labels, area = labels + 1, torch.cat([area.new_zeros(1), area])
-    area[0] = 0
+    ids = connected_components(mask)
+    b, y, x = torch.nonzero(mask, as_tuple=True)  # only foreground pixels from here on: a few percent of all
+    _, index, area = ids[b, y, x].unique(return_inverse=True, return_counts=True)
     keep = area >= min_area
-    labels = (torch.cumsum(keep, 0) * keep)[labels]
-    N = int(keep.sum())
-    b, y, x = torch.nonzero(labels, as_tuple=True)
-    n = labels[b, y, x] - 1
-    low, high = mask.new_full((N, 3), H + W + B, dtype=torch.long), mask.new_zeros((N, 3), dtype=torch.long)
-    points, index = torch.stack([x, y, b], dim=1), n[:, None].expand(-1, 3)
+    number = (torch.cumsum(keep, 0) * keep)[index]  # of each pixel's component, from 1; 0 where it is dropped
+    labels = torch.zeros_like(ids)
+    labels[b, y, x] = number
+    N, points = int(keep.sum()), torch.stack([x, y, b], dim=1)[number > 0]
+    index = (number[number > 0] - 1)[:, None].expand(-1, 3)
+    low, high = points.new_full((N, 3), H + W + B), points.new_zeros((N, 3))
     low, high = low.scatter_reduce(0, index, points, "amin"), high.scatter_reduce(0, index, points, "amax")
     return labels, low[:, 2], torch.cat([low[:, :2], high[:, :2] + 1], dim=1)
 

@@ -79,6 +79,7 @@ def metrics(run_dir):
         dict(sde_type="cps", ratio_norm=True),
         dict(guidance_scale=2.0, kl_coef=0.01),
         dict(lora_rank=2, kl_coef=0.01, gradient_checkpointing=True),
+        dict(rewards="jpeg", sde_window=1),
         dict(rewards="geneval:1,jpeg:0.1", advantage_std="group", micro_batch_size=2),
     ],
     ids=str,
