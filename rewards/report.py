@@ -179,7 +179,10 @@ class Report:
         if evaluations:
             save_curve(self.run_dir / "reward.png", self.metrics)
         if self.wandb:
-            self.wandb.log(row, step=row["iteration"])
+            import wandb
+
+            picture = {"samples": wandb.Image(str(sample))} if evaluations else {}
+            self.wandb.log(row | picture, step=row["iteration"])
         if "charts/reward_mean" in row:
             rate = row["perf/images_per_second"]
             print(
