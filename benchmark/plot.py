@@ -19,8 +19,11 @@ SETTINGS = {  # name of the runs -> (score that the setting is about, what it is
     "flow_grpo": ("eval/geneval_strict", "`python flow_grpo.py`, the default: GenEval, window of 2 steps"),
     "flow_grpo_ocr": ("eval/ocr", "the same on written text"),
     "flow_grpo_jpeg": ("eval/jpeg", "the same with the JPEG size as reward"),
-    "flow_grpo_window2": ("eval/geneval_strict", "window of 2 steps, a third of the default's length"),
-    "flow_grpo_all_steps": ("eval/geneval_strict", "all steps trained, a third of the default's length"),
+    "flow_grpo_window2": ("eval/geneval_strict", "window of 2 steps, 20 iterations"),
+    "flow_grpo_all_steps": (
+        "eval/geneval_strict",
+        "all steps trained at a third of the learning rate (not tuned further), 20 iterations",
+    ),
 }
 
 
