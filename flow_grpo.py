@@ -91,7 +91,6 @@ class Args:
     num_iterations: int = 64  # rollouts
     num_updates_per_iteration: int = 2  # optimiser steps per rollout, each on its share of the prompts
     learning_rate: float = 3e-4  # AdamW's, annealed linearly to zero over the run
-    warmup_iterations: int = 0  # the learning rate rises over these first: Adam starts with wild steps
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
 
@@ -447,10 +446,8 @@ def train(args):
             advantages = group_advantages(scores["reward"], args.advantage_std).flatten()[rank * B :][:B]
 
             # 5. to 7. log-probabilities, loss, optimiser steps
-            warmup = iteration / max(args.warmup_iterations, 1)
-            anneal = 1 - (iteration - 1) / args.num_iterations
             for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * min(warmup, anneal)
+                group["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
             sums, paths = torch.zeros(len(updates), 6, device=device), iter(paths)
             terms = P * K // U * len(window)  # summands of an update's loss, over all processes
             for update, batches in enumerate(tqdm(updates, desc="train", leave=False, disable=None)):

@@ -18,7 +18,10 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 SETTINGS = {  # name of the runs -> (score that the setting is about, what it is)
     "flow_grpo": ("eval/geneval_strict", "`python flow_grpo.py`, the default: GenEval, window of 2 steps"),
     "flow_grpo_ocr": ("eval/ocr", "the same on written text"),
-    "flow_grpo_jpeg": ("eval/jpeg", "the same with the JPEG size as reward"),
+    "flow_grpo_ocr_warmup": (
+        "eval/ocr",
+        "written text with a warm-up over 10 iterations, a flag since removed",
+    ),
     "flow_grpo_window2": ("eval/geneval_strict", "window of 2 steps, 20 iterations"),
     "flow_grpo_all_steps": (
         "eval/geneval_strict",
@@ -97,9 +100,10 @@ def write(runs):
         lines += [f"- command: `{group[0]['command']}`, seeds {', '.join(str(run['seed']) for run in group)}"]
         commits = ", ".join(dict.fromkeys(run["commit"] for run in group))
         lines += [f"- commit {commits}, {group[0]['date']}, {group[0]['machine']}"]
-        lines += [
-            f"- seconds a run, start-up included: {', '.join(str(round(run['seconds'])) for run in group)}"
-        ]
+        times = [str(round(run["seconds"])) if "seconds" in run else "not kept" for run in group]
+        lines += [f"- seconds a run, start-up included: {', '.join(times)}"]
+        for run in (run for run in group if "stopped_after" in run):
+            lines += [f"- seed {run['seed']}: last iteration {run['stopped_after']}"]
         rate = np.median([row["perf/images_per_second"] for row in training])
         lines += [f"- images: {group[0]['metrics'][-1]['charts/num_images']}, {rate:.1f} a second (median)"]
         lines += [f"- `losses/ratio_first` at most {max(row['losses/ratio_first'] for row in training):.1e};"]
@@ -116,16 +120,22 @@ def write(runs):
                 lines.append(f"| {score}/{tag} | {change(group, f'{score}/{tag}')} |")
         draw(DOCS / f"{name}.png", runs, [name], score, score)
         lines += ["", f"![{name}]({name}.png)", ""]
-    if {"flow_grpo_window2", "flow_grpo_all_steps"} <= runs.keys():
+    if {"flow_grpo_window2", "flow_grpo_all_steps", "speed_window2", "speed_all_steps"} <= runs.keys():
         names = ["flow_grpo_window2", "flow_grpo_all_steps"]
         draw(DOCS / "window.png", runs, names, "eval/geneval_strict", "held-out strict GenEval")
         rates = []
-        for name in names:
+        for name in (
+            "speed_window2",
+            "speed_all_steps",
+        ):  # one after the other, with the machine to themselves
             rows = [row for run in runs[name] for row in run["metrics"] if "losses/ratio_first" in row]
             rates.append(np.median([row["perf/images_per_second"] for row in rows]))
         lines += ["## A window of two steps against all steps", ""]
         ratio = f"{rates[0]:.1f} against {rates[1]:.1f}, {rates[0] / rates[1]:.2f} times"
-        lines += [f"Images per second, medians: {ratio}."]
+        lines += [f"Images per second, medians of runs that had the machine to themselves: {ratio}."]
+        lines += [
+            "The curves' runs shared the machine with other work, so read them against images, not seconds."
+        ]
         lines += ["", "![window](window.png)", ""]
     overhead = RESULTS / "overhead.json"
     if overhead.exists():
