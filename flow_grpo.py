@@ -34,21 +34,17 @@ import contextlib
 import copy
 import dataclasses
 import math
-import os
-import signal
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from tqdm import tqdm
 
 import rewards
-from rewards import BadInput
-from rewards.report import Clock, Report, main, open_run, reward_metrics
+from rewards import BadInput, runs
 
 
 @dataclasses.dataclass
@@ -108,9 +104,8 @@ def load_model(args, device, dtype):
     transformer, reference = pipe.transformer.requires_grad_(False), None
     if args.lora_rank > 0:
         names = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
-        targets = ["attn." + name for name in names]
-        config = dict(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=targets)
-        transformer.add_adapter(LoraConfig(**config, init_lora_weights="gaussian"))
+        config = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "init_lora_weights": "gaussian"}
+        transformer.add_adapter(LoraConfig(target_modules=["attn." + name for name in names], **config))
     else:
         reference = copy.deepcopy(transformer) if args.kl_coef > 0 else None
         transformer.requires_grad_(True)
@@ -124,14 +119,11 @@ def load_model(args, device, dtype):
 @contextlib.contextmanager
 def base_weights(transformer, reference):
     """The base model: the frozen copy, or the transformer with its LoRA switched off for a while."""
-    if reference is not None:
-        yield reference
-    else:
+    if reference is None:
         transformer.disable_adapters()
-        try:
-            yield transformer
-        finally:
-            transformer.enable_adapters()
+    yield reference or transformer
+    if reference is None:
+        transformer.enable_adapters()
 
 
 @torch.no_grad()
@@ -140,12 +132,10 @@ def encode_prompts(pipe, prompts, max_sequence_length, cache):
     if len(cache) > 4096:  # bounds the memory: with T5 a prompt of SD3.5 takes 1.7 MB
         cache.clear()
     missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
-    for i in range(0, len(missing), 64):
-        batch = missing[i : i + 64]
-        embeds, _, pooled, _ = pipe.encode_prompt(
-            batch, None, None, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
-        )
-        cache.update(zip(batch, zip(embeds.cpu(), pooled.cpu())))
+    if missing:
+        options = {"do_classifier_free_guidance": False, "max_sequence_length": max_sequence_length}
+        embeds, _, pooled, _ = pipe.encode_prompt(missing, None, None, **options)
+        cache.update(zip(missing, zip(embeds.cpu(), pooled.cpu())))
     embeds, pooled = zip(*(cache[prompt] for prompt in prompts))
     return torch.stack(embeds).to(pipe.device), torch.stack(pooled).to(pipe.device)
 
@@ -161,17 +151,18 @@ def decode(pipe, x_0):
 
 
 def predict_velocity(transformer, x_t, t, embeds, negative, guidance_scale):
-    """v(x_t, t, prompt), float32 (B, C, h, w); t is a number, embeds ((B, L, D), (B, D))."""
+    """v(x_t, t, prompt), float32 (B, C, h, w); t is a number or float64 (B,), embeds ((B, L, D), (B, D))."""
     # guidance_scale != 1: classifier-free guidance against negative, ((1, L, D), (1, D)), in one batch
     prompt_embeds, pooled = embeds
+    timestep = torch.as_tensor(1000 * t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
     if guidance_scale != 1:
-        x_t = torch.cat([x_t, x_t])  # unconditional, conditional
+        x_t, timestep = torch.cat([x_t, x_t]), torch.cat([timestep, timestep])  # unconditional, conditional
         prompt_embeds = torch.cat([negative[0].expand_as(prompt_embeds), prompt_embeds])
         pooled = torch.cat([negative[1].expand_as(pooled), pooled])
     with torch.autocast(x_t.device.type, prompt_embeds.dtype, enabled=prompt_embeds.dtype != torch.float32):
         velocity = transformer(
             hidden_states=x_t.to(prompt_embeds.dtype),
-            timestep=torch.full((len(x_t),), 1000 * t, device=x_t.device),
+            timestep=timestep,
             encoder_hidden_states=prompt_embeds,
             pooled_projections=pooled,
         ).sample.float()
@@ -314,18 +305,14 @@ def diagnostics(policy_loss, kl, log_ratio, advantages, clip_range):
 # === checkpoint ===
 
 
-def save_checkpoint(run_dir, transformer, optimizer, iteration):
-    """Weights, optimiser and iteration, written aside and moved into place: a kill leaves the last good one.
-
-    lora/ (for load_lora_weights) or transformer/ (for from_pretrained) has the weights in diffusers' format.
+@runs.uninterrupted()
+def save_checkpoint(run_dir, transformer, optimizer, progress):
+    """Weights, optimiser and progress in checkpoint/, to go on with; the weights alone in diffusers' format,
+    in lora/ (for load_lora_weights) or transformer/ (for from_pretrained).
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits for the end of the write
     weights = {name: p.detach() for name, p in transformer.named_parameters() if p.requires_grad}
-    state = {"iteration": iteration, "weights": weights, "optimizer": optimizer.state_dict()}
-    path = run_dir / "checkpoint" / "state.pt"
-    path.parent.mkdir(exist_ok=True)
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    state = {"progress": progress, "weights": weights, "optimizer": optimizer.state_dict()}
+    runs.write_state(run_dir / "checkpoint" / "state.pt", state)
     if hasattr(transformer, "peft_config"):
         # without this metadata diffusers loads the LoRA with alpha = rank: other images, and no error
         metadata = {"transformer_lora_adapter_metadata": transformer.peft_config["default"].to_dict()}
@@ -333,17 +320,16 @@ def save_checkpoint(run_dir, transformer, optimizer, iteration):
         StableDiffusion3Pipeline.save_lora_weights(f"{run_dir}/lora", layers, **metadata)
     else:
         transformer.save_pretrained(run_dir / "transformer")
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def load_checkpoint(run_dir, transformer, optimizer):
-    """Restores a checkpoint, returns its iteration. No random state: draws depend on the iteration alone."""
+    """Restores a checkpoint, returns its progress. No random state: draws depend on the iteration alone."""
     path = run_dir / "checkpoint" / "state.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         transformer.load_state_dict(transformer.state_dict() | state["weights"])
         optimizer.load_state_dict(state["optimizer"])
-        return state["iteration"]
+        return state["progress"]
     except Exception as error:  # a damaged file raises anything
         raise BadInput(f"cannot resume: {path} is missing or damaged ({type(error).__name__})") from None
 
@@ -351,44 +337,18 @@ def load_checkpoint(run_dir, transformer, optimizer):
 # === train ===
 
 
-def check_args(args, world_size):
-    """Raises BadInput for what cannot work, before any model is loaded."""
-    P, share = args.num_prompts_per_iteration, world_size * args.num_updates_per_iteration
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: there is no CUDA device here, use --device cpu")
-    if P < 1 or P % share:
-        raise BadInput(f"--num-prompts-per-iteration {P} is no multiple of {share} (processes times updates)")
-    if args.num_images_per_prompt < 2:
-        raise BadInput("--num-images-per-prompt must be at least 2: the images of a prompt are compared")
-    if not 0 <= args.sde_window < args.num_inference_steps or args.num_inference_steps < 2:
-        raise BadInput(f"--sde-window {args.sde_window} must be below --num-inference-steps")
-    if args.noise_level <= 0:
-        raise BadInput("--noise-level must be above 0: a step without noise has no log-probability")
-    try:
-        family = StableDiffusion3Pipeline.load_config(args.model)["_class_name"]
-    except Exception:  # the hub's and the file system's errors have no common base
-        raise BadInput(f"--model {args.model} is no diffusers pipeline: it has no model_index.json") from None
-    # the place of a second family, FLUX: load_model, encode_prompts, decode and predict_velocity differ
-    if family != "StableDiffusion3Pipeline":
-        raise BadInput(f"--model {args.model} is a {family}; supported: StableDiffusion3Pipeline")
-
-
 def train(args):
     """Runs or resumes an experiment; returns the run's folder."""
-    args, run_dir = open_run(Args, args, __file__)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    check_args(args, world_size)
+    args, run_dir = runs.open_run(Args, args, __file__)
+    # the place of a second family, FLUX: load_model, encode_prompts, decode and predict_velocity differ
+    runs.check_args(args, families=["StableDiffusion3Pipeline"])
     files = rewards.load_prompt_files(args.prompts, args.eval_prompts)
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device, dtype, rank, world_size = runs.open_device(args)
     reward = rewards.build(args.rewards, *(sum(parts, []) for parts in zip(*files.values())), device)
     prompts, metadata = files.pop("train")
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
 
     torch.manual_seed(args.seed)  # the LoRA's first weights
-    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if cuda else "float32"
-    pipe, transformer, reference = load_model(args, device, getattr(torch, dtype))
+    pipe, transformer, reference = load_model(args, device, dtype)
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=1e-4)
     sigmas = get_sigmas(pipe.scheduler, args.num_inference_steps)
@@ -408,8 +368,8 @@ def train(args):
         noise = draw_noise(rows, 1, shape, seed=0, iteration=0).to(device)  # the same in every run
         return decode(pipe, rollout(velocity_for(texts), noise, eval_sigmas, (), 0.0, "flow")[0])
 
-    done = load_checkpoint(run_dir, transformer, optimizer) if args.resume else -1  # the last iteration
-    report = Report(run_dir, __file__, args, done) if rank == 0 else None
+    progress = load_checkpoint(run_dir, transformer, optimizer) if args.resume else {"iteration": -1}
+    report = runs.Report(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
     U, P, K = args.num_updates_per_iteration, args.num_prompts_per_iteration, args.num_images_per_prompt
     # the prompts of an update are the same for any number of processes; a process has whole groups of each
     own = np.arange(P).reshape(U, world_size, -1)[:, rank].flatten().tolist()
@@ -418,12 +378,12 @@ def train(args):
     # the same micro-batches in rollout and loss: kernels differ with the batch size, so would the first ratio
     M, starts = args.micro_batch_size, range(0, B, share)
     updates = [[slice(j, min(j + M, i + share)) for j in range(i, i + share, M)] for i in starts]
-    for iteration in range(done + 1, args.num_iterations + 1):  # number 0 only evaluates the base model
-        row, clock = {"iteration": iteration, "charts/num_images": iteration * P * K}, Clock(device)
+    for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):  # 0: the base model
+        row, clock = {"iteration": iteration, "charts/num_images": iteration * P * K}, runs.Clock(device)
         if iteration > 0:
             # 1. prompts and noises
             drawn = draw_prompts(len(prompts), P, args.seed, iteration)
-            texts, data = ([rows[drawn[i]] for i in own for _ in range(K)] for rows in (prompts, metadata))
+            texts, data = ([rows[drawn[j // K]] for j in images] for rows in (prompts, metadata))
             window = draw_window(args.num_inference_steps, args.sde_window, args.seed, iteration)
             noise = draw_noise(images, 1 + len(window), shape, args.seed, iteration)
 
@@ -439,15 +399,14 @@ def train(args):
                 clock.stop("reward")
 
             # 4. advantages, from the rewards of all processes
-            scores = {n: rewards.gather(torch.cat([s[n] for s in scores]).view(-1, K)) for n in scores[0]}
-            row |= reward_metrics(scores)
-            if row["charts/nan_fraction"] > 0.1:
-                raise FloatingPointError(f"{row['charts/nan_fraction']:.0%} of the rewards are NaN")
-            advantages = group_advantages(scores["reward"], args.advantage_std).flatten()[rank * B :][:B]
+            scores = {name: rewards.gather(torch.cat([s[name] for s in scores])) for name in scores[0]}
+            row |= runs.reward_metrics(scores, K)
+            advantages = group_advantages(scores["reward"].view(P, K), args.advantage_std)
+            advantages = advantages.flatten().split(B)[rank].to(device)
 
-            # 5. to 7. log-probabilities, loss, optimiser steps
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
+            # 5. to 7. loss and optimiser steps
+            lr = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
+            optimizer.param_groups[0]["lr"] = lr
             sums, paths = torch.zeros(len(updates), 6, device=device), iter(paths)
             terms = P * K // U * len(window)  # summands of an update's loss, over all processes
             for update, batches in enumerate(tqdm(updates, desc="train", leave=False, disable=None)):
@@ -461,12 +420,12 @@ def train(args):
                         policy_loss, kl = clipped_loss(log_ratio, A, args.clip_range), torch.zeros_like(A)
                         if args.kl_coef > 0:
                             with torch.no_grad(), base_weights(transformer, reference) as network:
-                                velocity = velocity_for(texts[batch], network)(x_t, sigmas[i])
-                            kl = gaussian_kl(mean, step(x_t, velocity, i)[0], std)
+                                ref_velocity = velocity_for(texts[batch], network)(x_t, sigmas[i])
+                            kl = gaussian_kl(mean, step(x_t, ref_velocity, i)[0], std)
                         ((policy_loss + args.kl_coef * kl).sum() / terms).backward()
                         sums[update, :5] += diagnostics(policy_loss, kl, log_ratio, A, args.clip_range)
                 for tensor in [sums[update], *(p.grad for p in parameters)] if world_size > 1 else []:
-                    dist.all_reduce(tensor)  # losses are over global counts, so that sums are means
+                    torch.distributed.all_reduce(tensor)  # losses are over global counts
                 sums[update, 5] = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 if not sums[update].isfinite().all():
                     raise FloatingPointError("the loss or its gradient is not finite")
@@ -476,7 +435,7 @@ def train(args):
             sums[:, :5] /= terms
             names = "policy_loss kl ratio_mean clipfrac_positive clipfrac_negative grad_norm".split()
             row |= {f"losses/{name}": value.item() for name, value in zip(names, sums.mean(0))}
-            row |= {"losses/ratio_first": sums[0, 2].item(), "losses/learning_rate": group["lr"]}
+            row |= {"losses/ratio_first": sums[0, 2].item(), "losses/learning_rate": lr}
 
         results, last = {}, iteration == args.num_iterations
         if iteration % args.eval_every == 0 or last:
@@ -486,11 +445,11 @@ def train(args):
         if rank == 0:
             report.write(row | clock.metrics(P * K), results)
             if iteration % args.save_every == 0 or last:
-                save_checkpoint(run_dir, transformer, optimizer, iteration)
+                save_checkpoint(run_dir, transformer, optimizer, {"iteration": iteration})
     if rank == 0:
         report.close()
     return run_dir
 
 
 if __name__ == "__main__":
-    main(train, tyro.cli(Args))
+    runs.main(train, tyro.cli(Args))

@@ -20,7 +20,7 @@ import tyro
 
 import flow_grpo
 from benchmark.run import RESULTS, processor
-from rewards.report import Report
+from rewards.runs import Report
 
 ITERATIONS = 12  # the first two warm up and are left out
 

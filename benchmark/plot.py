@@ -18,10 +18,10 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 SETTINGS = {  # name of the runs -> (score that the setting is about, what it is)
     "flow_grpo": ("eval/geneval_strict", "`python flow_grpo.py`, the default: GenEval, window of 2 steps"),
     "flow_grpo_ocr": ("eval/ocr", "the same on written text"),
-    "flow_grpo_ocr_warmup": (
-        "eval/ocr",
-        "written text with a warm-up over 10 iterations, a flag since removed",
-    ),
+    "superflow": ("eval/geneval_strict", "`python superflow.py`, the default"),
+    "fdfo": ("eval/geneval_strict", "`python fdfo.py`, the default"),
+    "flow_grpo_64": ("eval/geneval_strict", "half as many iterations, a higher learning rate"),
+    "flow_grpo_ocr_64": ("eval/ocr", "the same on written text"),
     "flow_grpo_window2": ("eval/geneval_strict", "window of 2 steps, 20 iterations"),
     "flow_grpo_all_steps": (
         "eval/geneval_strict",
@@ -100,10 +100,10 @@ def write(runs):
         lines += [f"- command: `{group[0]['command']}`, seeds {', '.join(str(run['seed']) for run in group)}"]
         commits = ", ".join(dict.fromkeys(run["commit"] for run in group))
         lines += [f"- commit {commits}, {group[0]['date']}, {group[0]['machine']}"]
-        times = [str(round(run["seconds"])) if "seconds" in run else "not kept" for run in group]
+        times = [str(round(run["seconds"])) for run in group]
         lines += [f"- seconds a run, start-up included: {', '.join(times)}"]
-        for run in (run for run in group if "stopped_after" in run):
-            lines += [f"- seed {run['seed']}: last iteration {run['stopped_after']}"]
+        if "note" in group[0]:
+            lines += [f"- {group[0]['note']}"]
         rate = np.median([row["perf/images_per_second"] for row in training])
         lines += [f"- images: {group[0]['metrics'][-1]['charts/num_images']}, {rate:.1f} a second (median)"]
         lines += [f"- `losses/ratio_first` at most {max(row['losses/ratio_first'] for row in training):.1e};"]

@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmark.diversity import diversity
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
 
@@ -56,6 +58,8 @@ def finish(process, record):
     (run_dir,) = record.pop("output_dir").iterdir()
     record["seconds"] = round(time.time() - record.pop("began"), 1)
     record["metrics"] = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    if record["metrics"][-1].get("eval/geneval") is not None and (run_dir / "transformer").exists():
+        record["diversity"] = {"before": diversity(None), "after": diversity(run_dir / "transformer")}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{record['name']}-{record['seed']}.json").write_text(json.dumps(record, indent=0) + "\n")
 

@@ -111,11 +111,11 @@ def check_images(images, prompts, metadata):
 
 
 def gather(values):
-    """Concatenates a tensor over the processes, in their order."""
+    """Concatenates a (B,) tensor over the processes, in their order, to the CPU; B may differ."""
     if not dist.is_initialized():
-        return values
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, values)
+        return values.cpu()
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values.cpu())
     return torch.cat(parts)
 
 

@@ -19,8 +19,8 @@ FONT = {  # seven rows of five dots each, a hexadecimal pair a row
 CHARACTERS = "".join(FONT)
 GRID_W, GRID_H = 15, 21
 MIN_AREA = 16  # pixels of a component; the thinnest glyph covers about 70
-MIN_OVERLAP = 0.85  # below it a component is unreadable: a glyph must be crisp, as decoded ground truth is
-FOREGROUND_LUMA = 0.55
+MIN_OVERLAP = 0.6  # below it a component is unreadable
+FOREGROUND_LUMA = 0.45
 
 
 def bitmap(character):

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import difflib
 import io
 import itertools
 import re
@@ -22,6 +23,7 @@ LIMITS = {
     "promptrl": 600,
     "promptloop": 550,
 }  # lines; else 600
+BUDGETS = {"superflow": (12, 150), "fdfo": (20, 250)}  # hunks, changed lines from flow_grpo.py
 TRAIN_LINES, FUNCTION_LINES, WIDTH = 150, 60, 110
 BANNERS = ["model", "flow", "rollout", "algorithm", "checkpoint", "train"]  # others may stand between
 IMPORT_NAMES = {"pillow": "PIL"}  # where a package is imported by another name
@@ -126,6 +128,13 @@ def different_texts(a, b):
     return sorted(name for name in a.keys() & b.keys() if a[name] != b[name])
 
 
+def difference(a, b):
+    """(hunks, lines added and removed) of `diff -u` between two files, after their headers."""
+    bodies = [source.splitlines()[ast.parse(source).body[0].end_lineno :] for source in (a, b)]
+    lines = list(difflib.unified_diff(*bodies, lineterm=""))[2:]
+    return sum(line.startswith("@@") for line in lines), sum(line[0] in "+-" for line in lines)
+
+
 def absolute_paths(text):
     """Paths of one machine; a folder of that name inside a URL or a relative path is none."""
     return re.findall(r"(?<![\w.})])/(?:work|root|home|tmp)\b[^\s\"']*", text)
@@ -175,6 +184,12 @@ def test_same_name_same_text():
     assert {pair: names for pair, names in different.items() if names} == {}
 
 
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_variant_is_a_small_difference_from_the_baseline(name):
+    hunks, lines = difference(FILES["flow_grpo"], FILES[name])
+    assert 0 < hunks <= BUDGETS[name][0] and 0 < lines <= BUDGETS[name][1]
+
+
 def test_no_absolute_paths():
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -199,7 +214,7 @@ import torch
 from PIL import Image
 
 import rewards
-from rewards.report import main
+from rewards.runs import main
 
 
 @dataclasses.dataclass
@@ -308,6 +323,15 @@ def test_a_long_function_is_found(name, limit):
 def test_train_and_defaults_may_differ_between_files():
     other = GOOD.replace(BODY, "    return 2\n").replace("= 1 ", "= 3 ").replace("= 2.0", "= None")
     assert other != GOOD and different_texts(GOOD, other) == []
+
+
+def test_the_difference_counts_hunks_and_lines_but_not_the_header():
+    assert difference(GOOD, GOOD.replace("A method.", "Another method,\nlonger.")) == (0, 0)
+    assert difference(GOOD, GOOD.replace("A loss.", "Another.")) == (1, 2)
+    assert difference(GOOD, GOOD.replace("import re", "import rewards.x\nimport re").replace(BODY, "")) == (
+        2,
+        2,
+    )
 
 
 def test_package_names():

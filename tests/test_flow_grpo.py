@@ -17,7 +17,6 @@ from torch.distributions import Normal, kl_divergence
 from flow_grpo import (
     Args,
     base_weights,
-    check_args,
     clipped_loss,
     diagnostics,
     draw_noise,
@@ -31,8 +30,10 @@ from flow_grpo import (
     predict_velocity,
     rollout,
     step_mean_std,
+    train,
 )
 from rewards import BadInput
+from rewards.runs import check_args
 
 F64 = torch.float64
 TYPES = ["flow", "cps"]
@@ -297,13 +298,22 @@ def test_no_window_has_the_last_step():
         ({"num_prompts_per_iteration": 0}, "no multiple of 4"),
         ({"num_prompts_per_iteration": 16, "num_updates_per_iteration": 3}, "no multiple of 6"),
         ({"num_images_per_prompt": 1}, "at least 2"),
-        ({"sde_window": 8}, "below --num-inference-steps"),
-        ({"noise_level": 0.0}, "above 0"),
+        ({"num_inference_steps": 1}, "at least 2"),
     ],
 )
-def test_bad_sizes_are_refused(change, message):
+def test_bad_sizes_are_refused(change, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BadInput, match=message):
-        check_args(Args(device="cpu", **change), world_size=2)
+        check_args(Args(device="cpu", **change), ["StableDiffusion3Pipeline"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"sde_window": 8}, "below --num-inference-steps"), ({"noise_level": 0.0}, "above 0")],
+)
+def test_a_sampler_without_noise_is_refused(change, message):
+    with pytest.raises(BadInput, match=message):
+        train(Args(device="cpu", **change))
 
 
 # === rollout ===

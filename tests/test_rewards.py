@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 
 import rewards
-from rewards import geneval, glyphs, jpeg, ocr, report, shapes
+from rewards import geneval, glyphs, jpeg, ocr, runs, shapes
 from tiny import world
 
 NAN = float("nan")
@@ -639,7 +639,7 @@ def test_build_says_which_prompt_cannot_be_scored(spec, prompts, metadata, said)
 # ---- report ----
 @pytest.mark.parametrize("values, expected", [([1, 2, NAN, 6], 3), ([NAN], NAN), ([], NAN), ([0], 0)])
 def test_mean_leaves_nan_out(values, expected):
-    assert report.mean(values) == pytest.approx(expected, nan_ok=True)
+    assert runs.mean(values) == pytest.approx(expected, nan_ok=True)
 
 
 def test_summarise_gives_means_over_all_and_per_tag():
@@ -655,9 +655,9 @@ def test_summarise_gives_means_over_all_and_per_tag():
         "eval/jpeg/position": NAN,
         "eval/jpeg/counting": NAN,
     }
-    assert report.summarise(scores, metadata, "") == pytest.approx(expected, nan_ok=True)
+    assert runs.summarise(scores, metadata, "") == pytest.approx(expected, nan_ok=True)
 
 
 def test_summarise_puts_the_suffix_before_the_tag():
-    means = report.summarise({"reward": {0: 0.25}}, [{"tag": "colors"}], "_paraphrased")
+    means = runs.summarise({"reward": {0: 0.25}}, [{"tag": "colors"}], "_paraphrased")
     assert means == {"eval/reward_paraphrased": 0.25, "eval/reward_paraphrased/colors": 0.25}

@@ -24,7 +24,7 @@ import flow_grpo
 import rewards
 from flow_grpo import Args, train
 from rewards import BadInput
-from rewards.report import main
+from rewards.runs import main
 
 ROOT = Path(__file__).parent.parent
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
@@ -128,14 +128,14 @@ def test_micro_batch_size_does_not_change_the_result(small):
 
 def test_resume_after_an_interruption_equals_an_uninterrupted_run(small, monkeypatch):
     expected = metrics(train(Args(**small(num_iterations=5, output_dir=small()["output_dir"] + "a"))))
-    write = rewards.report.Report.write
+    write = rewards.runs.Report.write
 
     def interrupted(self, row, evaluations):
         write(self, row, evaluations)
         if row["iteration"] == 3:  # after the row, before a checkpoint
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(rewards.report.Report, "write", interrupted)
+    monkeypatch.setattr(rewards.runs.Report, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(Args(**small(num_iterations=5)))
     monkeypatch.undo()
@@ -219,7 +219,7 @@ def test_saved_lora_gives_the_trained_images_in_plain_diffusers(small):
     run_dir = train(args)
     trained, transformer, _ = flow_grpo.load_model(args, torch.device("cpu"), torch.float32)
     optimizer = torch.optim.AdamW([p for p in transformer.parameters() if p.requires_grad])
-    assert flow_grpo.load_checkpoint(run_dir, transformer, optimizer) == 4
+    assert flow_grpo.load_checkpoint(run_dir, transformer, optimizer) == {"iteration": 4}
     plain = StableDiffusion3Pipeline.from_pretrained("tiny/sd3", dtype=torch.float32, **NO_T5)
     base = generate(plain)
     plain.load_lora_weights(run_dir / "lora")
@@ -263,7 +263,7 @@ def test_too_many_nan_rewards_stop_the_run_and_keep_the_checkpoint(small, monkey
         main(train, Args(**small(num_images_per_prompt=12)))
     assert stopped.value.code == 1
     (run_dir,) = Path(small()["output_dir"]).iterdir()
-    assert torch.load(run_dir / "checkpoint/state.pt", weights_only=True)["iteration"] == 0
+    assert torch.load(run_dir / "checkpoint/state.pt", weights_only=True)["progress"] == {"iteration": 0}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(small, monkeypatch):
@@ -280,7 +280,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(small, monkeypa
         train(Args(**small()))
     (run_dir,) = Path(small()["output_dir"]).iterdir()
     state = torch.load(run_dir / "checkpoint/state.pt", weights_only=True)
-    assert state["iteration"] == 2 and len(metrics(run_dir)) == 4
+    assert state["progress"]["iteration"] == 2 and len(metrics(run_dir)) == 4
     assert all(value.isfinite().all() for value in state["weights"].values())
 
 
@@ -383,4 +383,4 @@ def readme_commands():
 @pytest.mark.parametrize("words", list(readme_commands()), ids=" ".join)
 def test_every_documented_command_parses(words):
     args = tyro.cli(Args, args=words)
-    flow_grpo.check_args(Args(**vars(args) | {"model": "tiny/sd3"}), world_size=1)
+    rewards.runs.check_args(Args(**vars(args) | {"model": "tiny/sd3"}), ["StableDiffusion3Pipeline"])

@@ -13,6 +13,7 @@ tiny/sd3. Conventions: t in [0, 1], t = 1 is noise; x_t = (1 - t) x_0 + t eps; t
 import argparse
 import random
 import time
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -36,6 +37,8 @@ from tiny import world
 HERE = Path(__file__).parent
 MAX_TOKENS = 24  # longest prompt of the world is 20 tokens with its start and end
 TEXT_WIDTH, WIDTH = 64, 128
+WRITING_FROM = 7500  # the flow model's step from which three images in ten show writing; few do before
+FORGET_STEPS = 1170
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants to be told
 
 
@@ -130,13 +133,13 @@ def build_transformer(num_layers=4, width=WIDTH):
     return transformer
 
 
-def build_sd3():
+def build_sd3(folder):
     """The untrained pipeline, with the autoencoder from the earlier stage when there is one."""
     tokenizer = build_tokenizer()
     return StableDiffusion3Pipeline(
         transformer=build_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=AutoencoderKL.from_pretrained(HERE / "sd3", subfolder="vae"),
+        vae=AutoencoderKL.from_pretrained(folder, subfolder="vae"),
         text_encoder=build_text_encoder(tokenizer),
         tokenizer=tokenizer,
         text_encoder_2=build_text_encoder(tokenizer),
@@ -230,15 +233,15 @@ def pretrain_vae(args):
         z = vae.encode(images).latent_dist.mean
         error = (vae.decode(z).sample - images).abs().mean()
     vae.register_to_config(scaling_factor=float(1 / z.std()), shift_factor=float(z.mean()))
-    vae.to(torch.bfloat16).save_pretrained(HERE / "sd3" / "vae")
+    vae.to(torch.bfloat16).save_pretrained(Path(args.folder) / "vae")
     print(f"vae: mean absolute error {error:.4f} of a range of 2, latents {z.mean():.3f} +- {z.std():.3f}")
 
 
-def encode_dataset(vae, seed, size):
+def encode_dataset(vae, seed, size, text_share):
     """size examples as (contents, things, latents (size, 8, 8, 8)): drawn once, reworded at every use."""
     rng, contents, things, latents = random.Random(f"{seed}-data"), [], [], []
     for _ in tqdm(range(size // 64), desc="encode", mininterval=10):
-        batch = [world.sample(rng) for _ in range(64)]
+        batch = [world.sample(rng, text_share) for _ in range(64)]
         with torch.no_grad():
             z = vae.encode(images_to_tensor([image for _, _, image in batch])).latent_dist.mean
         latents.append((z - vae.config.shift_factor) * vae.config.scaling_factor)
@@ -261,13 +264,14 @@ def encode_prompts(pipe, prompts):
 
 def pretrain_sd3(args):
     torch.manual_seed(args.seed)
-    pipe = build_sd3()
+    pipe = build_sd3(args.folder)
     pipe.vae.float()
-    contents, things, latents = encode_dataset(pipe.vae, args.seed, args.dataset_size)
+    dataset = cache(partial(encode_dataset, pipe.vae, args.seed, args.dataset_size))  # by text share
     modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
 
-    def loss_at(step):
+    def loss_at(step, text_share):
         rng, generator = random.Random(f"{args.seed}-sd3-{step}"), torch.Generator().manual_seed(step)
+        contents, things, latents = dataset(text_share)
         rows = [rng.randrange(len(contents)) for _ in range(args.batch_size)]
         # one prompt in ten is empty, so that classifier-free guidance has its unconditional model
         prompts = ["" if rng.random() < 0.1 else world.wording(contents[i], things[i], rng) for i in rows]
@@ -282,9 +286,17 @@ def pretrain_sd3(args):
         ).sample
         return F.mse_loss(velocity, noise - x_0)
 
-    fit("sd3", modules, loss_at, args, args.steps or 12000, peak=1.5e-3, ema_decay=0.999)
+    def learn(step):
+        return loss_at(step, 0.3 if step >= WRITING_FROM else 0.06)
+
+    def forget(step):
+        return loss_at(step, 0.0)
+
+    fit("sd3", modules, learn, args, args.steps or 14000, peak=1.5e-3, ema_decay=0.999)
+    # without writing some of it is forgotten, not lost: that is what reinforcement learning can bring back
+    fit("sd3_forget", modules, forget, args, args.steps or FORGET_STEPS, peak=5e-4, ema_decay=0.99)
     pipe.vae.register_to_config(_name_or_path="")  # else the folder of this machine is saved with it
-    pipe.to(torch.bfloat16).save_pretrained(HERE / "sd3")
+    pipe.to(torch.bfloat16).save_pretrained(args.folder)
 
 
 # ---- evaluation of what was made ----
@@ -333,7 +345,7 @@ if __name__ == "__main__":
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", default="runs/pretrain", help="where checkpoints go")
-    parser.add_argument("--folder", default=str(HERE / "sd3"), help="eval: the pipeline to score")
+    parser.add_argument("--folder", default=str(HERE / "sd3"), help="the pipeline: made or scored")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     Path(arguments.work).mkdir(parents=True, exist_ok=True)

@@ -4,17 +4,22 @@ asked for.
 Only the first process of a run makes a Report. Every logged name is explained in docs/.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import resource
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
 
 import matplotlib.figure
 import torch
+import torch.distributed as dist
+from diffusers import DiffusionPipeline
 from einops import rearrange
 from PIL import Image
 
@@ -66,15 +71,22 @@ def save_curve(path, metrics):
     curve.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def reward_metrics(scores):
-    """The charts/ and rewards/ metrics of a rollout. scores: {name: (P, K)}, "reward" is trained on."""
-    values = scores["reward"]
-    spread = values.nan_to_num(0).std(dim=1, correction=0)
+def reward_metrics(scores, group_sizes):
+    """The charts/ and rewards/ metrics of a rollout. scores: {name: (B,)}, "reward" is trained on.
+
+    group_sizes: images of each prompt, in the order of the scores; sum B. Raises FloatingPointError when more
+    than a tenth of the rewards are NaN.
+    """
+    groups = [group[~group.isnan()] for group in scores["reward"].split(group_sizes)]
+    spread = torch.stack([group.std(correction=0) for group in groups if len(group)])
+    values = torch.cat(groups)
     row = {f"rewards/{name}": value.nanmean().item() for name, value in scores.items() if name != "reward"}
-    row["charts/reward_mean"] = values.nanmean().item()
+    row["charts/reward_mean"] = values.mean().item()
     row["charts/reward_std"] = spread.mean().item()  # the mean of the groups' deviations
     row["charts/zero_std_fraction"] = (spread < 1e-6).float().mean().item()
-    row["charts/nan_fraction"] = values.isnan().float().mean().item()
+    row["charts/nan_fraction"] = scores["reward"].isnan().float().mean().item()
+    if row["charts/nan_fraction"] > 0.1:
+        raise FloatingPointError(f"{row['charts/nan_fraction']:.0%} of the rewards are NaN")
     return row
 
 
@@ -135,6 +147,61 @@ def open_run(Args, args, script):
         raise BadInput(f"cannot resume {run_dir}: {error}") from None
 
 
+def open_device(args):
+    """(device, dtype of the frozen weights, rank, world size), from the flags and torchrun's environment."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if cuda else "float32"
+    return device, getattr(torch, dtype), rank, world_size
+
+
+def check_args(args, families):
+    """Raises BadInput for sizes and models that cannot work, before any model is loaded.
+
+    families: names of the pipeline classes that the algorithm file supports.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    P, share = args.num_prompts_per_iteration, world_size * args.num_updates_per_iteration
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: there is no CUDA device here, use --device cpu")
+    if P < 1 or P % share:
+        raise BadInput(f"--num-prompts-per-iteration {P} is no multiple of {share} (processes times updates)")
+    if args.num_images_per_prompt < 2:
+        raise BadInput("--num-images-per-prompt must be at least 2: the images of a prompt are compared")
+    if args.num_inference_steps < 2:
+        raise BadInput("--num-inference-steps must be at least 2")
+    if not 0 <= getattr(args, "sde_window", 0) < args.num_inference_steps:
+        raise BadInput(f"--sde-window {args.sde_window} must be below --num-inference-steps")
+    if getattr(args, "noise_level", 1) <= 0:
+        raise BadInput("--noise-level must be above 0: a step without noise has no log-probability")
+    try:
+        family = DiffusionPipeline.load_config(args.model)["_class_name"]
+    except Exception:  # the hub's and the file system's errors have no common base
+        raise BadInput(f"--model {args.model} is no diffusers pipeline: it has no model_index.json") from None
+    if family not in families:
+        raise BadInput(f"--model {args.model} is a {family}; supported: {', '.join(families)}")
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Inside, Ctrl-C waits: a write in progress is finished."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def write_state(path, state):
+    """Saves tensors, numbers and containers of them; moved into place: a kill leaves the last good file."""
+    path.parent.mkdir(exist_ok=True)
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
 class Report:
     """Starts or goes on with a run's folder. On resume, rows after the checkpoint's iteration are dropped."""
 
@@ -150,7 +217,10 @@ class Report:
                     f"cannot resume: {self.run_dir}/metrics.jsonl is missing or damaged ({error})"
                 ) from None
         else:
-            (self.run_dir / "samples").mkdir(parents=True)
+            try:
+                (self.run_dir / "samples").mkdir(parents=True)
+            except FileExistsError:
+                raise BadInput(f"{self.run_dir} exists: another run began that second, try again") from None
             (self.run_dir / "args.json").write_text(
                 json.dumps({"algorithm": Path(script).stem} | vars(args), indent=1)
             )
