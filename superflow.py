@@ -271,7 +271,7 @@ def rollout(velocity_at, noise, sigmas, window, noise_level, sde_type):
 def update_tracker(counts, rows, values, forgetting):
     """Counts (N, 2), alpha and beta of each prompt, after rewards (B,) in [0, 1] of the prompts rows (B,)."""
     # alpha <- rho alpha + sum r, beta <- rho beta + sum (1 - r): forgotten once a visit, not once a reward
-    if values.min() < 0 or values.max() > 1:
+    if ((values < 0) | (values > 1)).any():
         raise BadInput("the tracker needs rewards in [0, 1]: choose such, with weights that add up to 1")
     scored, counts = ~values.isnan(), counts.clone()
     counts[rows.unique()] *= forgetting
