@@ -86,7 +86,7 @@ class Args:
     clip_range: float = 1e-3  # of the ratio; small, since log-probabilities are means over a latent
     kl_coef: float = 0.0  # beta, weight of the KL to the base model; a forward pass per trained step
     # optimisation
-    num_iterations: int = 64  # rollouts
+    num_iterations: int = 96  # rollouts
     num_updates_per_iteration: int = 2  # optimiser steps per rollout, each on its share of the prompts
     learning_rate: float = 3e-4  # AdamW's, annealed linearly to zero over the run
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm

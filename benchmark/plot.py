@@ -18,6 +18,8 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 SETTINGS = {  # name of the runs -> (score that the setting is about, what it is)
     "flow_grpo": ("eval/geneval_strict", "`python flow_grpo.py`, the default: GenEval, window of 2 steps"),
     "flow_grpo_ocr": ("eval/ocr", "the same on written text"),
+    "flow_grpo_64": ("eval/geneval_strict", "two thirds of the iterations"),
+    "flow_grpo_ocr_64": ("eval/ocr", "the same on written text"),
     "superflow": ("eval/geneval_strict", "`python superflow.py`, the default"),
     "fdfo": ("eval/geneval_strict", "`python fdfo.py`, the default"),
     "flow_grpo_window2": ("eval/geneval_strict", "window of 2 steps, 20 iterations"),
