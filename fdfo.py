@@ -19,8 +19,8 @@ Differences from the official settings:
  2. Tuples without a difference in reward weigh nothing and are left out: same loss, less time.
  3. log rho is limited to +-5. A pair closer than 1e-8 in mean square counts as equal.
 
-Run (time and memory: docs/fdfo.md; with real weights: not run, not measured):
-  python fdfo.py                                        # the tiny world, under 10 minutes on one core
+Run (time and memory: not measured yet; with real weights: not run):
+  python fdfo.py                                             # the tiny world
   python fdfo.py --model stabilityai/stable-diffusion-3.5-medium --max-sequence-length 128 --lora-rank 32 \\
       --resolution 512 --rewards ocr --prompts ocr/train.txt --churn-weight 0.0025 --learning-rate 3e-5 \\
       --num-inference-steps 40 --eval-num-inference-steps 40 --micro-batch-size 8
@@ -124,14 +124,14 @@ def base_weights(transformer, reference):
 
 @torch.no_grad()
 def encode_prompts(pipe, prompts, max_sequence_length, cache):
-    """Embeddings (B, L, D), pooled (B, D); each distinct prompt is encoded once and kept on the CPU."""
+    """Embeddings (B, L, D), pooled (B, D); each distinct prompt is encoded once, alone, kept on the CPU."""
     if len(cache) > 4096:  # bounds the memory: with T5 a prompt of SD3.5 takes 1.7 MB
         cache.clear()
-    missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
-    if missing:
-        options = {"do_classifier_free_guidance": False, "max_sequence_length": max_sequence_length}
-        embeds, _, pooled, _ = pipe.encode_prompt(missing, None, None, **options)
-        cache.update(zip(missing, zip(embeds.cpu(), pooled.cpu())))
+    options = {"do_classifier_free_guidance": False, "max_sequence_length": max_sequence_length}
+    for prompt in prompts:
+        if prompt not in cache:  # in a batch its rounding would depend on what a resumed run has cached
+            embeds, _, pooled, _ = pipe.encode_prompt([prompt], None, None, **options)
+            cache[prompt] = embeds[0].cpu(), pooled[0].cpu()
     embeds, pooled = zip(*(cache[prompt] for prompt in prompts))
     return torch.stack(embeds).to(pipe.device), torch.stack(pooled).to(pipe.device)
 
@@ -400,7 +400,7 @@ def train(args):
             for update, tuples in enumerate(chunks):  # the same ones for any number of processes
                 tuples = tuples[tuples // (B * T) == rank].to(device) - rank * B * T  # this process's images
                 tuples = tuples[(dR[tuples // T] != 0) | (args.kl_coef > 0)]  # a tie's loss is zero
-                for batch in tuples.split(M):
+                for batch in tuples.split(M) if len(tuples) else []:
                     b, i = batch // T, batch % T
                     A, x_t, old_velocity, mine = dR[b], states[b, i], velocities[b, i], [texts[j] for j in b]
                     velocity = velocity_for(mine)(x_t, times[i])

@@ -128,14 +128,14 @@ def base_weights(transformer, reference):
 
 @torch.no_grad()
 def encode_prompts(pipe, prompts, max_sequence_length, cache):
-    """Embeddings (B, L, D), pooled (B, D); each distinct prompt is encoded once and kept on the CPU."""
+    """Embeddings (B, L, D), pooled (B, D); each distinct prompt is encoded once, alone, kept on the CPU."""
     if len(cache) > 4096:  # bounds the memory: with T5 a prompt of SD3.5 takes 1.7 MB
         cache.clear()
-    missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
-    if missing:
-        options = {"do_classifier_free_guidance": False, "max_sequence_length": max_sequence_length}
-        embeds, _, pooled, _ = pipe.encode_prompt(missing, None, None, **options)
-        cache.update(zip(missing, zip(embeds.cpu(), pooled.cpu())))
+    options = {"do_classifier_free_guidance": False, "max_sequence_length": max_sequence_length}
+    for prompt in prompts:
+        if prompt not in cache:  # in a batch its rounding would depend on what a resumed run has cached
+            embeds, _, pooled, _ = pipe.encode_prompt([prompt], None, None, **options)
+            cache[prompt] = embeds[0].cpu(), pooled[0].cpu()
     embeds, pooled = zip(*(cache[prompt] for prompt in prompts))
     return torch.stack(embeds).to(pipe.device), torch.stack(pooled).to(pipe.device)
 

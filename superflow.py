@@ -15,17 +15,15 @@ One iteration:
 From the paper's introduction and a reading note with its formulas. What had to be inferred:
  1. bins of equal width in v (1 - v), which give the note's example; 0.05; a pool, as in SPO's code
  2. constant forgetting, once a visit; a start from images of the base model, as in SPO
- 3. std_t has the sqrt(dt), as the paper's figure 1; eta = 1 / mean std_t, all steps but the last. Clipping
-    is homogeneous, so this is a loss weight per step, the same as TempFlow-GRPO's (2508.04324)
+ 3. std_t has the sqrt(dt), as in figure 1; eta = 1 / mean std_t: TempFlow-GRPO's loss weight (2508.04324)
  4. P prompts an iteration, so the number of images varies; the loss is the mean over images and steps
 To switch a part off: --pool 1 (2.), --num-bins 1 (3.), --baseline group (5.), --no-step-credit (6.).
 
-Run (time and memory: docs/superflow.md; with real weights: not run, not measured):
-  python superflow.py                                        # the tiny world, under 10 minutes on one core
+Run (time and memory: not measured yet; with real weights: not run):
+  python superflow.py                                        # the tiny world
   python superflow.py --model stabilityai/stable-diffusion-3.5-medium ...      # flags: flow_grpo.py's
   torchrun --nproc_per_node=8 superflow.py ... --num-prompts-per-iteration 48 --num-images-per-prompt 24
 Conventions: t in [0, 1], t = 1 is noise; x_t = (1 - t) x_0 + t eps; v = eps - x_0; sampling runs from 1 to 0.
-Letters as in flow_grpo.py; K is the largest group's size.
 """
 
 import contextlib
@@ -130,14 +128,14 @@ def base_weights(transformer, reference):
 
 @torch.no_grad()
 def encode_prompts(pipe, prompts, max_sequence_length, cache):
-    """Embeddings (B, L, D), pooled (B, D); each distinct prompt is encoded once and kept on the CPU."""
+    """Embeddings (B, L, D), pooled (B, D); each distinct prompt is encoded once, alone, kept on the CPU."""
     if len(cache) > 4096:  # bounds the memory: with T5 a prompt of SD3.5 takes 1.7 MB
         cache.clear()
-    missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
-    if missing:
-        options = {"do_classifier_free_guidance": False, "max_sequence_length": max_sequence_length}
-        embeds, _, pooled, _ = pipe.encode_prompt(missing, None, None, **options)
-        cache.update(zip(missing, zip(embeds.cpu(), pooled.cpu())))
+    options = {"do_classifier_free_guidance": False, "max_sequence_length": max_sequence_length}
+    for prompt in prompts:
+        if prompt not in cache:  # in a batch its rounding would depend on what a resumed run has cached
+            embeds, _, pooled, _ = pipe.encode_prompt([prompt], None, None, **options)
+            cache[prompt] = embeds[0].cpu(), pooled[0].cpu()
     embeds, pooled = zip(*(cache[prompt] for prompt in prompts))
     return torch.stack(embeds).to(pipe.device), torch.stack(pooled).to(pipe.device)
 
@@ -305,8 +303,7 @@ def tracker_advantages(values, baseline, limit=5.0):
 
 
 def step_weights(stds):
-    """eta std_t with eta = 1 / mean: weights of mean 1, to be multiplied to an advantage after its limit."""
-    # the gradient of log_prob has 1 / std_t in it; without it the steps add up to an integral over t
+    """eta std_t, eta = 1 / mean, on top of limited advantages: undoes 1 / std_t in log_prob's gradient."""
     return [std * len(stds) / sum(stds) for std in stds]
 
 
@@ -364,8 +361,10 @@ def train(args):
     """Runs or resumes an experiment; returns the run's folder."""
     args, run_dir = runs.open_run(Args, args, __file__)
     runs.check_args(args, families=["StableDiffusion3Pipeline"])
-    if not 1 <= args.num_bins <= args.num_images_per_prompt or args.pool < 1 or args.start_images < 0:
-        raise BadInput("--num-bins must be 1 to --num-images-per-prompt, --pool 1 or more, --start-images 0")
+    if not 1 <= args.num_bins <= args.num_images_per_prompt or args.pool < 1:
+        raise BadInput("--num-bins must be 1 to --num-images-per-prompt, and --pool at least 1")
+    if not 0 <= args.forgetting < 1 or args.start_images < 0:
+        raise BadInput("--forgetting must be at least 0 and below 1, and --start-images at least 0")
     files = rewards.load_prompt_files(args.prompts, args.eval_prompts)
     device, dtype, rank, world_size = runs.open_device(args)
     reward = rewards.build(args.rewards, *(sum(parts, []) for parts in zip(*files.values())), device)
@@ -398,15 +397,16 @@ def train(args):
     # the prompts of an update are the same for any number of processes; a process has whole groups of each
     order = torch.arange(P).view(U, world_size, -1).transpose(0, 1).reshape(world_size, -1)
     own, M, N, n = order[rank].tolist(), args.micro_batch_size, len(prompts), args.start_images
-    stds = [step(0.0, 0.0, i)[1] for i in range(args.num_inference_steps - 1)]
-    weights = step_weights(stds) if args.step_credit else [1.0 for _ in stds]
+    weights = step_weights([step(0.0, 0.0, i)[1] for i in range(args.num_inference_steps - 1)])
+    weights = weights if args.step_credit else [1.0 for _ in weights]
     for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):  # 0: the base model
         row, clock, B = {"iteration": iteration}, runs.Clock(device), 0
         if iteration == 0:
             # 1. the tracker's start: as in SPO, n images and half of each outcome, weighing 1 / (1 - rho)
             scores, _ = rewards.evaluate(sample_ode, prompts * n, metadata * n, reward, M)
-            values = torch.tensor([scores["reward"][j] for j in range(n * N)]).view(n, N)
-            counts = torch.stack([values.nansum(0), (1 - values).nansum(0)], dim=1).double() + 0.5
+            values = torch.tensor([scores["reward"][j] for j in range(n * N)])
+            counts = torch.full((N, 2), 0.5, dtype=torch.float64)
+            counts = update_tracker(counts, torch.arange(N).repeat(n), values, forgetting=1.0)
             counts /= (1 - args.forgetting) * counts.sum(1, keepdim=True)
             progress |= {"counts": counts, "num_images": n * N}
             clock.stop("start")
