@@ -22,9 +22,11 @@ from flow_grpo import (
     draw_noise,
     draw_prompts,
     draw_window,
+    encode_prompts,
     gaussian_kl,
     get_sigmas,
     group_advantages,
+    load_model,
     log_prob,
     normalised_log_ratio,
     predict_velocity,
@@ -722,3 +724,15 @@ def test_the_base_model_is_the_frozen_copy_where_there_is_one():
     reference = copy.deepcopy(transformer)
     with base_weights(transformer, reference) as network:
         assert network is reference
+
+
+def test_a_prompts_embeddings_do_not_depend_on_what_is_cached():
+    # else a resumed run, whose cache is empty, would go on with other roundings
+    pipe, _, _ = load_model(Args(), torch.device("cpu"), torch.float32)
+    prompts = ["a red circle", "two crosses", "a circle left of a square"]
+    together, alone = (
+        encode_prompts(pipe, prompts, 0, {}),
+        [encode_prompts(pipe, [p], 0, {}) for p in prompts],
+    )
+    for part in (0, 1):
+        assert torch.equal(together[part], torch.cat([one[part] for one in alone]))
