@@ -258,12 +258,12 @@ def finite_difference(x_0, values):
 
     dx and dR are half the differences, with opposite signs for the two of a pair; h = dx / mean(dx^2), the
     mean square and not its root, which makes dR h the quotient of differences times C h w. dR is 0, and
-    with it the loss, of a pair that is equal in latents (then h, too) or rewards, or has a NaN.
+    with it the loss, of a pair with equal latents (then h, too) or rewards, or a reward that is not finite.
     """
     pairs, values = rearrange(x_0, "(n k) ... -> n k ...", k=2), values.view(-1, 2)
     dx, dR = (pairs - pairs.mean(1, keepdim=True)).flatten(0, 1), values - values.mean(1, keepdim=True)
     m = dx.square().flatten(1).mean(1)
-    dR = dR.nan_to_num(0).flatten() * (m > 1e-8)
+    dR = dR.nan_to_num(0, 0, 0).flatten() * (m > 1e-8)
     return dx / (m + 1e-6).view(-1, 1, 1, 1) * (m > 1e-8).view(-1, 1, 1, 1), dR
 
 

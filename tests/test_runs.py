@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -20,8 +21,10 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors import safe_open
 
+import fdfo
 import flow_grpo
 import rewards
+import superflow
 from flow_grpo import Args, train
 from rewards import BadInput
 from rewards.runs import main
@@ -368,19 +371,19 @@ def test_track_writes_an_offline_wandb_run(small, monkeypatch):
     assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
 
 
-def readme_commands():
-    for text in ((ROOT / "README.md").read_text(), flow_grpo.__doc__):
+def documented_commands():
+    """(algorithm, flags) of every full command in the README, in docs/ and in the files' headers."""
+    files = {module.__name__: module for module in (fdfo, flow_grpo, superflow)}
+    pages = [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+    for text in (*pages, *(module.__doc__ for module in files.values())):
         for line in text.replace("\\\n", " ").splitlines():
-            if (
-                "flow_grpo.py" in line
-                and "--help" not in line
-                and line.strip().startswith(("python ", "torchrun ", "pip "))
-                and "..." not in line
-            ):
-                yield line.split("flow_grpo.py")[1].split("#")[0].split()
+            script = re.match(r"\s*(?:python|torchrun .*?) (\w+)\.py(.*)", line.split("#")[0])
+            if script and not any(skipped in line for skipped in ("...", "--help", "--resume")):
+                yield files[script[1]], script[2].split()
 
 
-@pytest.mark.parametrize("words", list(readme_commands()), ids=" ".join)
-def test_every_documented_command_parses(words):
-    args = tyro.cli(Args, args=words)
-    rewards.runs.check_args(Args(**vars(args) | {"model": "tiny/sd3"}), ["StableDiffusion3Pipeline"])
+@pytest.mark.parametrize("module, words", list(documented_commands()), ids=str)
+def test_every_documented_command_parses(module, words):
+    args = tyro.cli(module.Args, args=words)
+    args = module.Args(**vars(args) | {"model": "tiny/sd3"})
+    rewards.runs.check_args(args, ["StableDiffusion3Pipeline"])
