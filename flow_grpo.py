@@ -20,7 +20,7 @@ Differences from the paper and its code:
  6. --ratio-norm is GRPO-Guard's ratio (2510.22319), without its weights per step.
 
 Run (time and memory: docs/flow_grpo.md; with real weights: not run, not measured):
-  python flow_grpo.py                                        # the tiny world, under 10 minutes on one core
+  python flow_grpo.py                                        # the tiny world, under 10 minutes on two cores
   python flow_grpo.py --model stabilityai/stable-diffusion-3.5-medium --max-sequence-length 128 \\
       --resolution 512 --rewards ocr --prompts ocr/train.txt --lora-rank 32 --learning-rate 3e-4 \\
       --num-inference-steps 10 --sde-window 0 --eval-num-inference-steps 40 --guidance-scale 4.5 \\
