@@ -77,6 +77,9 @@ def reward_metrics(scores, group_sizes):
     group_sizes: images of each prompt, in the order of the scores; sum B. Raises FloatingPointError when more
     than a tenth of the rewards are NaN.
     """
+    nan_fraction = scores["reward"].isnan().float().mean().item()
+    if nan_fraction > 0.1:
+        raise FloatingPointError(f"{nan_fraction:.0%} of the rewards are NaN")
     groups = [group[~group.isnan()] for group in scores["reward"].split(group_sizes)]
     spread = torch.stack([group.std(correction=0) for group in groups if len(group)])
     values = torch.cat(groups)
@@ -84,9 +87,7 @@ def reward_metrics(scores, group_sizes):
     row["charts/reward_mean"] = values.mean().item()
     row["charts/reward_std"] = spread.mean().item()  # the mean of the groups' deviations
     row["charts/zero_std_fraction"] = (spread < 1e-6).float().mean().item()
-    row["charts/nan_fraction"] = scores["reward"].isnan().float().mean().item()
-    if row["charts/nan_fraction"] > 0.1:
-        raise FloatingPointError(f"{row['charts/nan_fraction']:.0%} of the rewards are NaN")
+    row["charts/nan_fraction"] = nan_fraction
     return row
 
 

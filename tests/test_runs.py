@@ -260,8 +260,9 @@ def test_nan_rewards_are_masked_and_counted(small, monkeypatch):
     assert math.isfinite(rows[1]["losses/policy_loss"]) and rows[1]["losses/grad_norm"] > 0
 
 
-def test_too_many_nan_rewards_stop_the_run_and_keep_the_checkpoint(small, monkeypatch):
-    monkeypatch.setattr(rewards, "build", lambda *_: SomeNaN(2))
+@pytest.mark.parametrize("bad", [2, 12])  # of the twelve images of a micro-batch
+def test_too_many_nan_rewards_stop_the_run_and_keep_the_checkpoint(small, monkeypatch, bad):
+    monkeypatch.setattr(rewards, "build", lambda *_: SomeNaN(bad))
     with pytest.raises(SystemExit) as stopped:
         main(train, Args(**small(num_images_per_prompt=12)))
     assert stopped.value.code == 1
