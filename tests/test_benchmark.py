@@ -1,0 +1,99 @@
+"""The statistics behind docs/results.md, against values worked out by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmark import compare, plot
+
+
+def run(scores, images=100, seconds=2.0):
+    """A run's record with an evaluation after every second iteration."""
+    rows = []
+    for iteration, score in enumerate(scores):
+        rows.append({"charts/num_images": 2 * iteration * images, compare.SCORE: score})
+        rows[-1] |= {"perf/seconds_train": seconds, "perf/seconds_evaluate": 100.0}
+        rows.append({"charts/num_images": (2 * iteration + 1) * images, "perf/seconds_train": seconds})
+    return {"metrics": rows[:-1], "command": "python x.py --seed 1"}
+
+
+def test_evaluations_are_read_at_their_images_and_seconds_of_training():
+    images, seconds, scores = compare.evaluations(run([0.4, 0.5, 0.7]), compare.SCORE)
+    assert images == [0, 200, 400] and scores == [0.4, 0.5, 0.7]
+    assert seconds == [2.0, 6.0, 10.0]  # of all the rows so far, the evaluations' own time left out
+
+
+def test_curves_end_where_the_shortest_run_does():
+    images, seconds, scores = compare.curves([run([0.4, 0.5, 0.7]), run([0.4, 0.6])], compare.SCORE)
+    assert scores.tolist() == [[0.4, 0.5], [0.4, 0.6]] and images.shape == seconds.shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "target, expected", [(0.4, 0.0), (0.45, 50.0), (0.6, 125.0), (0.8, 175.0), (0.81, np.inf), (0.3, 0.0)]
+)
+def test_images_to_reach_interpolates_the_first_crossing(target, expected):
+    # up, down and up again: 0.6 is first passed between 100 and 150
+    images, scores = [0, 100, 150, 175], [0.4, 0.5, 0.7, 0.8]
+    assert compare.images_to_reach(images, scores, target) == pytest.approx(expected)
+
+
+def test_images_to_reach_takes_the_first_of_several_crossings():
+    assert compare.images_to_reach([0, 10, 20, 30], [0.0, 1.0, 0.0, 1.0], 0.5) == pytest.approx(5)
+
+
+def test_efficiency_of_a_method_that_is_twice_as_fast():
+    slow = [run([0.4, 0.5, 0.6, 0.7, 0.8])] * 3
+    fast = [run([0.4, 0.6, 0.8, 0.9, 0.9])] * 3
+    assert compare.efficiency(fast, slow) == pytest.approx((0.5, 0.5, 0.5))
+    assert compare.efficiency(slow, slow) == pytest.approx((1.0, 1.0, 1.0))
+    assert compare.efficiency([run([0.4, 0.5, 0.6, 0.7, 0.7])] * 3, slow) == (np.inf,) * 3
+
+
+def test_efficiency_has_an_interval_that_may_end_at_never():
+    slow = [run([0.4, 0.5, 0.6])] * 2
+    estimate, low, high = compare.efficiency([run([0.4, 0.8, 0.8]), run([0.4, 0.45, 0.5])], slow)
+    # means 0.4, 0.625, 0.65: at 0.6 after 8/9 of 200 of 400 images; resampled, half of that or never
+    assert estimate == pytest.approx(4 / 9) and low == pytest.approx(0.25) and high == np.inf
+
+
+def test_interval_of_a_mean_over_seeds():
+    low, high = compare.interval(np.array([[0.0, 5.0], [1.0, 5.0]]))
+    assert low.tolist() == [0.0, 5.0] and high.tolist() == [1.0, 5.0]
+    spread = compare.interval(np.linspace(-1, 1, 101))
+    # of 101 values with a deviation of 0.583 the mean is within +-1.96 * 0.058
+    assert spread == pytest.approx((-0.114, 0.114), abs=0.015)
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [(range(12), 5.5), ([0, 1, 5, 9], 3.0), ([1, 2, 9], (0.25 + 2 + 2.25) / 1.5), ([4], 4)],
+)
+def test_interquartile_mean(values, expected):
+    assert compare.interquartile_mean(np.array(values, float)) == pytest.approx(expected)
+
+
+def test_interquartile_mean_ignores_an_outlier():
+    assert compare.interquartile_mean(np.array([0, 1, 1, 1, 1, 1, 1, 1e9])) == 1
+
+
+def test_verdicts():
+    assert compare.verdict(high=0.16, claim=1 / 6) == "holds here"
+    assert compare.verdict(high=0.9, claim=1 / 6).startswith("holds in part")
+    assert compare.verdict(high=1.0, claim=1 / 6) == "does not hold here"
+    assert compare.verdict(high=np.inf, claim=1 / 6) == "does not hold here"
+
+
+def test_results_md_is_what_the_script_writes(tmp_path, monkeypatch):
+    """The page is made from the records; a number edited by hand, or a record added without it, is found."""
+    monkeypatch.setattr(plot, "draw", lambda *args: None)
+    assert plot.write(plot.load()) == (plot.DOCS / "results.md").read_text()
+
+
+def test_every_record_says_where_it_comes_from():
+    for path in plot.RESULTS.glob("*.json"):
+        record = json.loads(path.read_text())
+        assert {"command", "date", "machine"} <= record.keys(), path.name
+        if "metrics" in record:
+            assert {"commit", "seed", "seconds"} <= record.keys(), path.name
+            assert path.name == f"{record['name']}-{record['seed']}.json"
