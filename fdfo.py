@@ -12,7 +12,7 @@ One iteration:
  5. shuffle all (image, step) tuples; in each, a pseudo-ratio rho grows as the velocity goes
     from v_old to v_old - h, h = dx / mean(dx^2), which moves x_0 along dx                  pseudo_log_ratio
  6. -dR rho + |dR| (rho - 1)^2 / (2 eps), least at rho = 1 +- eps, plus a KL to the base    spo_loss
- 7. a few optimiser steps per rollout, each tuple used once; the first is exactly on-policy (rho 1)
+ 7. one optimiser step per rollout, or a few, each tuple used once; the first is on-policy (rho 1)
 
 Differences from the official settings:
  1. The times are the pipeline's own. The learning rate is annealed.
@@ -23,8 +23,8 @@ Run (time and memory: not measured yet; with real weights: not run):
   python fdfo.py                                             # the tiny world
   python fdfo.py --model stabilityai/stable-diffusion-3.5-medium --max-sequence-length 128 --lora-rank 32 \\
       --resolution 512 --rewards ocr --prompts ocr/train.txt --churn-weight 0.0025 --learning-rate 3e-5 \\
-      --num-inference-steps 40 --eval-num-inference-steps 40 --micro-batch-size 8
-  torchrun --nproc_per_node=8 fdfo.py ... --num-prompts-per-iteration 448 --num-updates-per-iteration 4
+      --num-inference-steps 40 --eval-num-inference-steps 40 --num-updates-per-iteration 4 --micro-batch-size 8
+  torchrun --nproc_per_node=8 fdfo.py ... --num-prompts-per-iteration 448
 Conventions: t in [0, 1], t = 1 is noise; x_t = (1 - t) x_0 + t eps; v = eps - x_0; sampling runs from 1 to 0.
 Letters: P prompts, K images per prompt, B = P * K, T steps, (C, h, w) a latent.
 """
@@ -81,8 +81,8 @@ class Args:
     kl_coef: float = 0.0  # beta, weight of the KL to the base model; a forward pass per trained step
     # optimisation
     num_iterations: int = 96  # rollouts
-    num_updates_per_iteration: int = 2  # optimiser steps per rollout, each on its share of the prompts
-    learning_rate: float = 1e-4  # AdamW's, annealed linearly to zero over the run
+    num_updates_per_iteration: int = 1  # optimiser steps per rollout, each on its share of the prompts
+    learning_rate: float = 6e-4  # AdamW's, annealed linearly to zero over the run
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
 

@@ -17,7 +17,7 @@ CLAIMS = {  # largest share of Flow-GRPO's images by which the paper's claim wou
     "superflow": (0.563, "5.4 to 56.3% of the training steps"),
     "fdfo": (1 / 6, "Flow-GRPO's best in 6 to 10 times fewer epochs"),
 }
-LEARNING_RATES = ("1e-4", "2e-4", "3e-4", "6e-4")
+LEARNING_RATES = ("1.5e-4", "3e-4", "6e-4", "1.2e-3")
 PARTS = {  # name of the runs -> what of SuperFlow is on
     "parts_none": "none (Flow-GRPO, but for the scale of its advantages)",
     "parts_choice": "prompt choice",
