@@ -23,7 +23,8 @@ Run (time and memory: not measured yet; with real weights: not run):
   python fdfo.py                                             # the tiny world
   python fdfo.py --model stabilityai/stable-diffusion-3.5-medium --max-sequence-length 128 --lora-rank 32 \\
       --resolution 512 --rewards ocr --prompts ocr/train.txt --churn-weight 0.0025 --learning-rate 3e-5 \\
-      --num-inference-steps 40 --eval-num-inference-steps 40 --num-updates-per-iteration 4 --micro-batch-size 8
+      --num-inference-steps 40 --eval-num-inference-steps 40 --num-updates-per-iteration 4 \\
+      --micro-batch-size 8
   torchrun --nproc_per_node=8 fdfo.py ... --num-prompts-per-iteration 448
 Conventions: t in [0, 1], t = 1 is noise; x_t = (1 - t) x_0 + t eps; v = eps - x_0; sampling runs from 1 to 0.
 Letters: P prompts, K images per prompt, B = P * K, T steps, (C, h, w) a latent.
