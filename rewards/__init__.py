@@ -9,10 +9,12 @@ row's number. Two optional methods: `check(prompt, metadata)` raises ValueError 
 reward needs, before any model is loaded; `details(images, prompts, metadata)` returns a dict of (B,) tensors,
 its own value among them, for logs.
 
-`build("geneval:1,jpeg:0.2", ...)` makes one callable of a spec. `load_prompts` reads prompt files.
+`build("geneval:1,jpeg:0.2", ...)` makes one callable of a spec; a prompt with a tag, "reward": "jpeg" in its
+metadata, is judged by that reward alone. `load_prompts` reads prompt files.
 """
 
 import importlib
+import inspect
 import json
 import math
 from pathlib import Path
@@ -26,30 +28,44 @@ class BadInput(ValueError):
     """A mistake of the caller's, with one line that says what is wrong and what to do about it."""
 
 
-REGISTRY = {  # name in a spec -> "module:factory", imported on demand; factory(metadata, device) -> reward
+REGISTRY = {  # name in a spec -> "module:factory", imported on demand; factory(metadata, device[, model])
     "geneval": "rewards.geneval:make_geneval",
     "ocr": "rewards.ocr:make_ocr",
     "jpeg": "rewards.jpeg:make_compressibility",
     "jpeg_incompressibility": "rewards.jpeg:make_incompressibility",
+    "clipscore": "rewards.clip:make_clipscore",
+    "pickscore": "rewards.clip:make_pickscore",
+    "hpsv2": "rewards.clip:make_hpsv2",
+    "aesthetic": "rewards.clip:make_aesthetic",
+    "imagereward": "rewards.imagereward:make_imagereward",
+    "vlm": "rewards.vlm:make_vlm",
+    "vlm_judge": "rewards.vlm:make_vlm_judge",
+    "hpsv3": "rewards.hpsv3:make_hpsv3",
+    "editreward": "rewards.hpsv3:make_editreward",
 }
 
 
 def parse_spec(spec):
-    """'geneval' or 'geneval:1,jpeg:0.2' -> {name: weight}. ValueError for an unknown name or a bad weight."""
-    weights = {}
+    """'geneval' or 'geneval:1,vlm@hub/id-or-folder:0.2' -> {name: (weight, model)}, model "" where none is.
+
+    Raises BadInput for an unknown name, a name that comes twice or a bad weight.
+    """
+    entries = {}
     for part in spec.split(","):
-        name, _, weight = part.strip().partition(":")
+        head, _, weight = part.strip().partition(":")
+        name, _, model = head.partition("@")
         if name not in REGISTRY:
             raise BadInput(f"unknown reward {name!r}, expected one of {', '.join(REGISTRY)}")
-        if name in weights:
+        if name in entries:
             raise BadInput(f"reward {name!r} is named twice in {spec!r}")
         try:
-            weights[name] = float(weight or 1)
+            value = float(weight or 1)
         except ValueError:
-            weights[name] = math.nan
-        if not math.isfinite(weights[name]):
+            value = math.nan
+        if not math.isfinite(value):
             raise BadInput(f"the weight {weight!r} of reward {name!r} is not a number")
-    return weights
+        entries[name] = value, model
+    return entries
 
 
 def load_prompts(path):
@@ -145,22 +161,47 @@ def evaluate(sample, prompts, metadata, reward, batch_size):
     return scores, pictures
 
 
-class WeightedSum:
-    """The weighted sum of several rewards, itself a reward. NaN in any part makes the row's sum NaN."""
+def check_tags(prompts, metadata, names):
+    """Raises BadInput for a prompt whose tag, metadata["reward"], is none of these rewards."""
+    for row, (prompt, data) in enumerate(zip(prompts, metadata), start=1):
+        if (tag := data.get("reward")) not in (None, *names):
+            raise BadInput(f'prompt {row} ({prompt!r}) has the tag "reward": {tag!r}, name it in --rewards')
 
-    def __init__(self, parts):
+
+def judged_rows(name, metadata):
+    """The rows that a reward judges: those without a tag, and those tagged with its name."""
+    return [i for i, row in enumerate(metadata) if row.get("reward") in (None, name)]
+
+
+class WeightedSum:
+    """The weighted sum of several rewards, itself a reward; at a tagged row the named reward's own value.
+
+    A reward is called on the rows it judges; its values are NaN at the others. NaN in a reward that judges a
+    row makes the row's sum NaN.
+    """
+
+    def __init__(self, parts, names=None):
         self.parts = parts  # {name: (reward, weight)}
+        self.names = names or {}  # {name: keys of its details}, for batches without a row that it judges
 
     def details(self, images, prompts, metadata):
         """{"reward": the weighted sum, and each part's raw values by name}: each (B,) float32."""
         check_images(images, prompts, metadata)
-        values = {"reward": torch.zeros(len(images), device=images.device)}
+        check_tags(prompts, metadata, self.parts)
+        total = torch.zeros(len(images), device=images.device)
+        values = {"reward": total}
         for name, (reward, weight) in self.parts.items():
-            if hasattr(reward, "details"):
-                values |= reward.details(images, prompts, metadata)
-            else:
-                values[name] = reward(images, prompts, metadata)
-            values["reward"] = values["reward"] + weight * values[name]
+            rows = judged_rows(name, metadata)
+            found = dict.fromkeys(self.names.get(name, [name]), total[rows])
+            if rows:
+                batch = images if len(rows) == len(images) else images[rows]
+                asked = batch, [prompts[i] for i in rows], [metadata[i] for i in rows]
+                found = reward.details(*asked) if hasattr(reward, "details") else {name: reward(*asked)}
+            for key, value in found.items():
+                values[key] = torch.full_like(total, math.nan)
+                values[key][rows] = value.to(total)
+            weights = [weight if metadata[i].get("reward") is None else 1.0 for i in rows]
+            total[rows] += total.new_tensor(weights) * values[name][rows]
         return values
 
     def __call__(self, images, prompts, metadata):
@@ -170,19 +211,28 @@ class WeightedSum:
 def build(spec, prompts, metadata, device="cpu"):
     """Makes the reward that a spec describes and checks that every prompt has what it needs.
 
-    spec: names with optional weights, 'geneval' or 'geneval:1,jpeg:0.2'. prompts, metadata: as from
-    `load_prompts`; they are what the reward will be asked about. Raises ValueError (unknown name, row that
-    cannot be scored).
+    spec: as for `parse_spec`. prompts, metadata: as from `load_prompts`; they are what the reward will be
+    asked about. Raises BadInput (unknown name or tag, row that cannot be scored, weights that are not there).
     """
-    parts = {}
-    for name, weight in parse_spec(spec).items():
+    entries, parts, names = parse_spec(spec), {}, {}
+    check_tags(prompts, metadata, entries)
+    for name, (weight, model) in entries.items():
         module, factory = REGISTRY[name].split(":")
-        reward = getattr(importlib.import_module(module), factory)(metadata, device)
-        for row, (prompt, data) in enumerate(zip(prompts, metadata), start=1):
-            if hasattr(reward, "check"):
-                try:
-                    reward.check(prompt, data)
-                except ValueError as error:
-                    raise BadInput(f"prompt {row} ({prompt!r}): {error}") from None
+        factory = getattr(importlib.import_module(module), factory)
+        if model and "model" not in inspect.signature(factory).parameters:
+            raise BadInput(f"reward {name!r} takes no model, remove @{model}")
+        rows = judged_rows(name, metadata)
+        if not rows:
+            raise BadInput(f"reward {name!r} judges no prompt, all are tagged with others: remove it")
+        texts, data = [prompts[i] for i in rows], [metadata[i] for i in rows]
+        reward = factory(data, device, **({"model": model} if model else {}))
+        for row in rows if hasattr(reward, "check") else ():
+            try:
+                reward.check(prompts[row], metadata[row])
+            except ValueError as error:
+                raise BadInput(f"prompt {row + 1} ({prompts[row]!r}): {error}") from None
+        if len(rows) < len(metadata) and hasattr(reward, "details"):
+            # batches of which it judges no row need the keys too: ask about a black image
+            names[name] = list(reward.details(torch.zeros(1, 3, 64, 64, device=device), texts[:1], data[:1]))
         parts[name] = (reward, weight)
-    return WeightedSum(parts)
+    return WeightedSum(parts, names)

@@ -9,17 +9,31 @@ The reward trained on is the mean of soft and strict: soft alone can be raised w
 objects out of four earn most of the credit), strict alone is flat where a prompt never succeeds.
 
 Metadata, in GenEval's format: {"tag", "include": [{"class", "count", "color"?, "position"?: [relation,
-index]}], "exclude"?: [{"class", "count"}], "prompt"}. The detector is passed in: `detector(images) -> list of
-Detection lists`.
+index]}], "exclude"?: [{"class", "count"}], "prompt"}. The detector is passed in: `detector(images, metadata)
+-> list of Detection lists`, None where it failed on an image. The metadata tell it how sure it must be (of
+counting prompts) and whose colour is asked for, never what to find.
 """
 
 from collections import namedtuple
+from functools import partial
 
 import torch
+
+from rewards import BadInput
 
 Detection = namedtuple("Detection", "class_name box score color")  # box in pixels: x0, y0, x1, y1
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+CLASSES = tuple(  # COCO's 80 in its order and GenEval's words: computer mouse, tv remote, computer keyboard
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
+    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,"
+    "tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
+    "tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
+    "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,"
+    "tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,"
+    "scissors,teddy bear,hair drier,toothbrush".split(",")
+)
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 POSITION_THRESHOLD = 0.1  # a centre offset counts beyond this share of the summed sizes
 MAX_OBJECTS = 16  # detections kept per class, best score first
@@ -138,32 +152,61 @@ class GenEval:
         check_metadata(metadata)
 
     def details(self, images, prompts, metadata):
-        """{"geneval", "geneval_soft", "geneval_strict", "geneval_official"}: each (B,) float32."""
-        found = self.detector(images)
-        soft = torch.tensor([soft_score(d, m) for d, m in zip(found, metadata)])
-        strict = torch.tensor([float(passes(d, m, exact=True)) for d, m in zip(found, metadata)])
-        official = torch.tensor([float(passes(d, m, exact=False)) for d, m in zip(found, metadata)])
-        scores = {"": (soft + strict) / 2, "_soft": soft, "_strict": strict, "_official": official}
+        """{"geneval", "geneval_soft", "geneval_strict", "geneval_official"}: each (B,) float32, NaN where the
+        detector failed."""
+        rows = list(zip(self.detector(images, metadata), metadata))
+
+        def score(rule):
+            values = [float("nan") if found is None else float(rule(found, row)) for found, row in rows]
+            return torch.tensor(values, dtype=torch.float32, device=images.device)
+
+        soft, strict = score(soft_score), score(partial(passes, exact=True))
+        official = score(partial(passes, exact=False))
         return {
-            "geneval" + suffix: value.to(images.device, torch.float32) for suffix, value in scores.items()
+            "geneval": (soft + strict) / 2,
+            "geneval_soft": soft,
+            "geneval_strict": strict,
+            "geneval_official": official,
         }
 
     def __call__(self, images, prompts, metadata):
         return self.details(images, prompts, metadata)["geneval"]
 
 
-def make_geneval(metadata, device):
-    """The reward with the detector that knows the prompts' classes: here, the tiny world's shapes."""
+def unknown_words(metadata, classes, colors):
+    """[(class or colour, prompt)] for all that a detector of these classes and colours doesn't know."""
+    found = []
+    for row in metadata:
+        for clause in row["include"] + row.get("exclude", []):
+            words = [(clause["class"], classes)] + ([(clause["color"], colors)] if "color" in clause else [])
+            found += [(word, row.get("prompt", "")) for word, known in words if word not in known]
+    return found
+
+
+def make_geneval(metadata, device, model="facebook/mask2former-swin-small-coco-instance"):
+    """The reward with a detector that knows all classes and colours of the rows.
+
+    That is the tiny world's, which loads nothing, or Mask2Former, with CLIP where a row asks for a colour.
+    Raises BadInput, before anything is loaded, when a row asks for what no detector knows.
+    """
     from rewards import shapes
 
-    for row in metadata:
-        for clause in (
-            row["include"] if isinstance(row.get("include"), list) else []
-        ):  # `check` reports the others
-            name, color = (
-                (clause.get(key) for key in ("class", "color")) if isinstance(clause, dict) else ("", None)
-            )
-            if name not in shapes.CLASSES or color not in (None, *shapes.PALETTE):
-                known = ", ".join((*shapes.CLASSES, *shapes.PALETTE))
-                raise ValueError(f"geneval: no detector here knows {color or ''} {name!r}, only {known}")
-    return GenEval(shapes.detect)
+    try:
+        for row in metadata:
+            check_metadata(row)
+    except ValueError:  # `check` will say which row it is: load nothing before that
+        return GenEval(detector=None)
+    not_shapes = unknown_words(metadata, shapes.CLASSES, tuple(shapes.PALETTE))
+    if not not_shapes:
+        return GenEval(lambda images, metadata: shapes.detect(images))
+    not_coco = unknown_words(metadata, CLASSES, COLORS)
+    if not_coco:
+        word, prompt = min(not_shapes, not_coco, key=len)[0]
+        raise BadInput(
+            f"geneval: no detector knows {word!r} of the prompt {prompt!r}: use GenEval's 80 classes and ten "
+            f"colours (listed in rewards/geneval.py), or only {', '.join((*shapes.CLASSES, *shapes.PALETTE))}"
+        )
+    from rewards.mask2former import load_detector
+
+    asks_colors = any("color" in clause for row in metadata for clause in row["include"])
+    return GenEval(load_detector(model, device, asks_colors))

@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 from einops import rearrange
 from PIL import Image
 
-from rewards import BadInput
+from rewards import BadInput, parse_spec
 
 
 def mean(values):
@@ -33,11 +33,18 @@ def mean(values):
 
 
 def summarise(scores, metadata, suffix):
-    """Means, "eval/<name><suffix>" of all rows and ".../<tag>" of a tag's. scores: {name: {row: value}}."""
-    means = {}
+    """Means, "eval/<name><suffix>" of all rows and ".../<tag>" of a tag's. scores: {name: {row: value}}.
+
+    A reward's means are over the rows it judged; where there are none, they are left out.
+    """
+    means, total = {}, scores["reward"]
     for name, values in scores.items():
+        # NaN next to a total that is a number: another reward judged this row
+        values = {k: v for k, v in values.items() if not math.isnan(v) or math.isnan(total[k])}
+        if not values:
+            continue
         means[f"eval/{name}{suffix}"] = mean(values.values())
-        for tag in sorted({row["tag"] for row in metadata if "tag" in row}):
+        for tag in sorted({metadata[row]["tag"] for row in values if "tag" in metadata[row]}):
             tagged = [value for row, value in values.items() if metadata[row].get("tag") == tag]
             means[f"eval/{name}{suffix}/{tag}"] = mean(tagged)
     return means
@@ -84,6 +91,7 @@ def reward_metrics(scores, group_sizes):
     spread = torch.stack([group.std(correction=0) for group in groups if len(group)])
     values = torch.cat(groups)
     row = {f"rewards/{name}": value.nanmean().item() for name, value in scores.items() if name != "reward"}
+    row = {name: value for name, value in row.items() if not math.isnan(value)}  # NaN: it judged none
     row["charts/reward_mean"] = values.mean().item()
     row["charts/reward_std"] = spread.mean().item()  # the mean of the groups' deviations
     row["charts/zero_std_fraction"] = (spread < 1e-6).float().mean().item()
@@ -123,7 +131,7 @@ def main(train, args):
         sys.exit(2)
     except (FloatingPointError, KeyboardInterrupt) as error:
         print(
-            f"stopped: {error or 'Ctrl-C'}. Go on from the last checkpoint with --resume RUN", file=sys.stderr
+            f"stopped: {str(error) or 'Ctrl-C'}. Go on from the last checkpoint with --resume RUN", file=sys.stderr
         )
         sys.exit(1)
 
@@ -136,7 +144,7 @@ def open_run(Args, args, script):
     """
     algorithm = Path(script).stem
     if not args.resume:
-        name = f"{algorithm}-{args.rewards.split(',')[0].split(':')[0]}-{args.seed}"
+        name = f"{algorithm}-{next(iter(parse_spec(args.rewards)))}-{args.seed}"
         return args, Path(args.output_dir) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume)
     try:

@@ -1,15 +1,26 @@
+import ast
 import json
 import math
 import random
+import re
+import subprocess
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+import tyro
 from einops import rearrange
+from PIL import Image
+from transformers import CLIPModel
 
+import flow_grpo
 import rewards
-from rewards import geneval, glyphs, jpeg, ocr, runs, shapes
+from rewards import __main__ as score_folder
+from rewards import geneval, glyphs, hub, jpeg, ocr, runs, shapes
 from tiny import world
 
+ROOT = Path(__file__).parent.parent
 NAN = float("nan")
 
 
@@ -461,13 +472,19 @@ def test_compressibility_is_minus_incompressibility(scenes):
 @pytest.mark.parametrize(
     "spec, weights",
     [
-        ("geneval", {"geneval": 1}),
-        ("geneval:1,jpeg:0.2", {"geneval": 1, "jpeg": 0.2}),
-        (" ocr:2 , jpeg:-1e-2", {"ocr": 2, "jpeg": -0.01}),
-        ("jpeg_incompressibility:0", {"jpeg_incompressibility": 0}),
+        ("geneval", {"geneval": (1, "")}),
+        ("geneval:1,jpeg:0.2", {"geneval": (1, ""), "jpeg": (0.2, "")}),
+        (" ocr:2 , jpeg:-1e-2", {"ocr": (2, ""), "jpeg": (-0.01, "")}),
+        ("jpeg_incompressibility:0", {"jpeg_incompressibility": (0, "")}),
+        ("vlm@Qwen/Qwen2.5-VL-7B-Instruct", {"vlm": (1, "Qwen/Qwen2.5-VL-7B-Instruct")}),
+        (
+            "clipscore@../weights/clip.v2:-0.5,ocr",
+            {"clipscore": (-0.5, "../weights/clip.v2"), "ocr": (1, "")},
+        ),
+        ("vlm@a/b@main:3", {"vlm": (3, "a/b@main")}),
     ],
 )
-def test_parse_spec_reads_names_and_weights(spec, weights):
+def test_parse_spec_reads_names_weights_and_models(spec, weights):
     assert rewards.parse_spec(spec) == weights
 
 
@@ -476,6 +493,10 @@ def test_parse_spec_reads_names_and_weights(spec, weights):
     [
         ("", "unknown reward ''"),
         ("genval", "unknown reward 'genval'.*geneval"),
+        ("genval@a/b:1", "unknown reward 'genval'"),
+        ("@a/b", "unknown reward ''"),
+        ("vlm@a,vlm@b", "'vlm' is named twice"),
+        ("vlm@a/b:c", "weight 'c' of reward 'vlm'"),
         ("geneval,,jpeg", "unknown reward ''"),
         ("jpeg:1,jpeg:2", "'jpeg' is named twice"),
         ("jpeg:much", "weight 'much' of reward 'jpeg'"),
@@ -584,8 +605,8 @@ def test_check_images_accepts_every_float_type(dtype):
 # ---- the weighted sum ----
 def test_the_weighted_sum_equals_its_parts(scenes):
     rows, images = scenes
-    images, prompts = images[:16], ['the text "A"'] * 16
-    metadata = [content for content, _ in rows[1:17]]
+    images, prompts = images[:16], [""] * 16
+    metadata = [content | {"tag": "text", "text": "A1"} for content, _ in rows[1:17]]
     reward = rewards.build("geneval:0.7,jpeg:0.2,ocr:-3", prompts, metadata)
     details = reward.details(images, prompts, metadata)
     assert set(details) == {
@@ -596,10 +617,10 @@ def test_the_weighted_sum_equals_its_parts(scenes):
         for name in ("geneval", "jpeg", "ocr")
     }
     for name, value in parts.items():
-        torch.testing.assert_close(details[name], value)
+        assert torch.equal(details[name], value)
     expected = 0.7 * parts["geneval"] + 0.2 * parts["jpeg"] - 3 * parts["ocr"]
-    torch.testing.assert_close(details["reward"], expected)
-    torch.testing.assert_close(reward(images, prompts, metadata), expected)
+    assert torch.equal(details["reward"], expected)
+    assert torch.equal(reward(images, prompts, metadata), expected)
     assert expected.shape == (16,) and expected.dtype == torch.float32 and expected.std() > 0
 
 
@@ -625,15 +646,308 @@ def test_the_weighted_sum_checks_its_images():
     [
         ("ocr", ['the text "K7"', "no quotes"], [{}, {}], "prompt 2 .*'no quotes'.*ocr needs a text"),
         ("jpeg,ocr", ["no quotes"], [{}], "prompt 1 .*ocr needs a text"),
-        ("geneval", ["a dog"], [{"include": [ask("dog")]}], "'dog'.*circle"),
+        ("geneval", ["a yeti"], [{"include": [ask("yeti")]}], "'yeti'.*circle"),
         ("geneval", ["a circle", "b"], [{"include": [ask("circle")]}, {}], "prompt 2 .*include"),
         ("geneval", ["a circle"], [{"include": None}], "prompt 1 .*include"),
         ("nothing", ["a"], [{}], "unknown reward 'nothing'"),
+        (
+            "jpeg",
+            ["a", "b"],
+            [{}, {"reward": "geneval"}],
+            "prompt 2 .'b'. has the tag .*'geneval'.*--rewards",
+        ),
+        ("jpeg", ["a"], [{"reward": 0.5}], "prompt 1 .* has the tag .*0.5"),
+        ("jpeg", ["a"], [{"reward": ["jpeg"]}], "prompt 1 .* has the tag"),
+        ("jpeg,ocr", ["a", "b"], [{"reward": "jpeg"}] * 2, "'ocr' judges no prompt"),
+        ("jpeg,ocr", ["a", "b"], [{"reward": "jpeg"}, {"reward": "ocr"}], "prompt 2 .*ocr needs a text"),
+        ("jpeg@a/b", ["a"], [{}], "'jpeg' takes no model, remove @a/b"),
+        ("jpeg:2,ocr@a/b", ['"K7"'], [{}], "'ocr' takes no model"),
     ],
 )
 def test_build_says_which_prompt_cannot_be_scored(spec, prompts, metadata, said):
     with pytest.raises(ValueError, match=said):
         rewards.build(spec, prompts, metadata)
+
+
+# ---- tagged prompts ----
+class Size:
+    """A reward that notes what it is asked: the image's first pixel, and with details its double."""
+
+    def __init__(self, metadata, model=None):
+        self.metadata, self.model, self.checked, self.asked = metadata, model, [], []
+
+    def check(self, prompt, metadata):
+        self.checked.append(prompt)
+
+    def details(self, images, prompts, metadata):
+        assert len(images) == len(prompts) == len(metadata) > 0
+        assert [row["prompt"] for row in metadata] == prompts
+        self.asked += prompts
+        value = images[:, 0, 0, 0]
+        return {"size": value, "size_double": 2 * value}
+
+
+def make_size(metadata, device, model="default"):
+    return Size(metadata, model)
+
+
+def make_ten(metadata, device):
+    return lambda images, prompts, metadata: torch.full((len(images),), 10.0)
+
+
+@pytest.fixture
+def size_and_ten(monkeypatch):
+    monkeypatch.setitem(rewards.REGISTRY, "size", f"{__name__}:make_size")
+    monkeypatch.setitem(rewards.REGISTRY, "ten", f"{__name__}:make_ten")
+
+
+def tagged_rows(*tags):
+    metadata = [{"prompt": f"prompt {i}"} | ({"reward": tag} if tag else {}) for i, tag in enumerate(tags)]
+    images = torch.arange(len(tags)).view(-1, 1, 1, 1).expand(-1, 3, 2, 2) / 8
+    return images, [row["prompt"] for row in metadata], metadata
+
+
+def test_a_tagged_row_has_the_raw_value_of_its_reward_alone(size_and_ten):
+    images, prompts, metadata = tagged_rows("size", None, "ten", "size", None)
+    reward = rewards.build("size:4,ten:-0.5", prompts, metadata)
+    size = reward.parts["size"][0]
+    judged = ["prompt 0", "prompt 1", "prompt 3", "prompt 4"]
+    assert size.checked == judged and [row["prompt"] for row in size.metadata] == judged
+    size.asked.clear()
+    details = reward.details(images, prompts, metadata)
+    assert size.asked == judged
+    expected = {
+        "reward": [0, 4 / 8 - 5, 10, 3 / 8, 4 * 4 / 8 - 5],
+        "size": [0, 1 / 8, NAN, 3 / 8, 4 / 8],
+        "size_double": [0, 2 / 8, NAN, 6 / 8, 8 / 8],
+        "ten": [NAN, 10, 10, NAN, 10],
+    }
+    assert list(details) == list(expected)
+    for name, values in expected.items():
+        torch.testing.assert_close(details[name], torch.tensor(values), equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(reward(images, prompts, metadata), details["reward"])
+
+
+def test_every_batch_of_a_tagged_file_has_the_same_names(size_and_ten):
+    images, prompts, metadata = tagged_rows("ten", "size", "ten")
+    reward = rewards.build("ten,size", prompts, metadata)
+    whole = reward.details(images, prompts, metadata)
+    parts = [reward.details(images[i : i + 1], prompts[i : i + 1], metadata[i : i + 1]) for i in range(3)]
+    for name, values in whole.items():
+        together = torch.cat([part[name] for part in parts])
+        torch.testing.assert_close(together, values, equal_nan=True, rtol=0, atol=0)
+    assert all(list(part) == ["reward", "ten", "size", "size_double"] for part in parts)
+
+
+def test_a_row_with_a_tag_that_was_not_built_is_an_error_not_a_zero(size_and_ten):
+    images, prompts, metadata = tagged_rows("ten", None)
+    with pytest.raises(ValueError, match="prompt 2 .*'size'"):
+        rewards.build("ten", prompts, metadata)(images, prompts, [metadata[0], {"reward": "size"}])
+
+
+def test_tags_load_and_split_as_written(tmp_path, size_and_ten):
+    rows = [{"prompt": "prompt 0", "reward": "ten"}, {"prompt": "prompt 1"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    reward = rewards.build("size,ten", *rewards.load_prompts(tmp_path / "a.jsonl"))
+    assert reward.parts["size"][0].metadata == rows[1:]
+
+
+def test_what_follows_the_at_sign_is_the_factorys_model(size_and_ten):
+    for spec, model in (("size", "default"), ("size@org/name:2", "org/name"), ("size@org/name", "org/name")):
+        reward, weight = rewards.build(spec, *tagged_rows(None)[1:]).parts["size"]
+        assert (reward.model, weight) == (model, 2 if ":" in spec else 1)
+
+
+def test_a_run_on_a_tagged_file(tmp_path):
+    rows = [json.loads(line) for line in (ROOT / "tiny/prompts/train.jsonl").read_text().splitlines()[:4]]
+    rows = [row | {"reward": tag} for row, tag in zip(rows, ("geneval", "jpeg", "geneval", "jpeg"))]
+    for name, lines in (("train", rows), ("eval", rows[:2]), ("eval_paraphrased", rows[:1])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = dict(num_prompts_per_iteration=4, num_images_per_prompt=2, num_iterations=1, micro_batch_size=2)
+    flags |= dict(num_inference_steps=3, eval_num_inference_steps=2, output_dir=str(tmp_path / "runs"))
+    flags |= dict(rewards="geneval,jpeg:0.1", model=str(ROOT / "tiny/sd3"), device="cpu")
+    run_dir = flow_grpo.train(flow_grpo.Args(prompts=str(tmp_path / "train.jsonl"), **flags))
+    before, after = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
+    assert after["charts/nan_fraction"] == 0 and after["rewards/geneval"] >= 0 > after["rewards/jpeg"]
+    mean = (after["rewards/geneval"] + after["rewards/jpeg"]) / 2  # as many rows each, no weight
+    assert after["charts/reward_mean"] == pytest.approx(mean, abs=1e-5)
+    assert before["eval/jpeg"] < 0 <= before["eval/geneval_strict"]
+    assert "eval/geneval_soft_paraphrased" in before and "eval/jpeg_paraphrased" not in before
+    assert all(math.isfinite(value) for row in (before, after) for value in row.values())
+
+
+# ---- weights that are not there ----
+def make_unloadable(metadata, device, model="nobody/has-this"):
+    return hub.from_hub(CLIPModel.from_pretrained, model)
+
+
+@pytest.mark.parametrize(
+    "spec, named",
+    [("unloadable", "nobody/has-this"), ("jpeg,clipscore@nobody/has-that:0.5", "nobody/has-that")],
+)
+def test_missing_weights_end_a_run_before_it_starts(tmp_path, monkeypatch, capsys, spec, named):
+    monkeypatch.setitem(rewards.REGISTRY, "unloadable", f"{__name__}:make_unloadable")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(flow_grpo, "load_model", lambda *_: pytest.fail("the pipeline was loaded"))
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        runs.main(flow_grpo.train, flow_grpo.Args(rewards=spec, output_dir=str(tmp_path / "runs")))
+    assert stopped.value.code == 2 and not (tmp_path / "runs").exists()
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and named in line
+
+
+FORBIDDEN = {
+    "torchvision",
+    "scipy",
+    "open_clip",
+    "mmdet",
+    "paddle",
+    "paddleocr",
+    "clip",
+    "ImageReward",
+    "hpsv3",
+}
+
+
+def test_no_file_imports_what_makes_setting_up_hard():
+    words = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.py"]
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    paths = [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+    imported = {}
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in names:
+                imported.setdefault(name.split(".")[0], path.name)
+    assert len(paths) > 20 and {"torch", "transformers", "rapidocr"} <= imported.keys()
+    assert {name: path for name, path in imported.items() if name in FORBIDDEN} == {}
+
+
+# ---- scoring a folder ----
+def save_images(folder, *names, size=(8, 8)):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size).save(folder / name)
+
+
+@pytest.mark.parametrize(
+    "num_prompts, rows",
+    [
+        (3, {"C.JPEG": 0, "a.jpg": 1, "b.png": 2}),  # one each, in the order of the names
+        (3, {"1st.png": 0, "2.png": 1, "3.png": 2}),  # the first starts with a word
+        (11, {"2.png": 2, "10.png": 10, "0.png": 0}),
+        (4, {"00001_0.png": 1, "00001_1.png": 1, "00003.webp": 3}),
+        (3, {"00000/samples/0000.png": 0, "00000/samples/0001.png": 0, "2/samples/1.png": 2}),
+        (2, {"1/grid.png": 1, "1/x.png": 1}),
+    ],
+)
+def test_find_images_tells_whose_prompt_an_image_is(tmp_path, num_prompts, rows):
+    save_images(tmp_path, *rows)
+    (tmp_path / "notes.txt").write_text("")
+    if (tmp_path / "00000").exists():
+        save_images(tmp_path, "00000/grid.png")  # GenEval's overview of the samples
+    paths, found = score_folder.find_images(tmp_path, num_prompts)
+    assert {path.relative_to(tmp_path).as_posix(): row for path, row in zip(paths, found)} == rows
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        ((), "0 images, 3 prompts"),
+        (("a.png", "b.png"), "2 images, 3 prompts"),
+        (("0.png", "3.png"), "prompt 3, counted from 0, of 3"),
+    ],
+)
+def test_find_images_refuses_to_guess(tmp_path, names, said):
+    save_images(tmp_path, *names)
+    with pytest.raises(rewards.BadInput, match=said):
+        score_folder.find_images(tmp_path, 3)
+
+
+def run_score_folder(*words):
+    runs.main(score_folder.main, tyro.cli(score_folder.Args, args=[str(word) for word in words]))
+
+
+def test_a_folder_of_images_is_scored(tmp_path, capsys, scenes):
+    rows, images = scenes
+    wanted = [content | {"prompt": f"scene {i}"} for i, (content, _) in enumerate(rows[:24])]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, wanted)))
+    for i in range(24):
+        shown = images[i if i % 2 else (i + 7) % 24]  # every second one is of another prompt
+        pixels = (rearrange(shown, "c h w -> h w c") * 255).byte().numpy()
+        folder = tmp_path / f"images/{i:05d}/samples"
+        folder.mkdir(parents=True)
+        for k in range(1 + i % 2):
+            Image.fromarray(pixels).save(folder / f"{k:04d}.png")
+    flags = ["--images", tmp_path / "images", "--prompts", tmp_path / "prompts.jsonl", "--batch-size", 5]
+    run_score_folder("geneval", "jpeg:0.1", *flags, "--output", tmp_path / "scores.jsonl")
+    table = capsys.readouterr().out.splitlines()
+    record = json.loads(table[-1])
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    order = [i for i in range(24) for _ in range(1 + i % 2)]
+    assert [line["prompt"] for line in lines] == [f"scene {i}" for i in order]
+    assert record["images"] == 36 and record["unscored"] == 0
+    strict = [line["geneval_strict"] for line in lines]
+    assert all(value == 1 for i, value in zip(order, strict) if i % 2) and 0 in strict
+    scores = record["scores"]["geneval_strict"]
+    assert scores["all"] == pytest.approx(sum(strict) / 36)
+    tags = sorted({row["tag"] for row in wanted})
+    for tag in tags:
+        values = [value for i, value in zip(order, strict) if wanted[i]["tag"] == tag]
+        assert scores[tag] == pytest.approx(sum(values) / len(values))
+    assert scores["mean of tags"] == pytest.approx(sum(scores[tag] for tag in tags) / len(tags))
+    assert table[0].split()[:3] == ["reward", "geneval", "geneval_soft"]
+    assert table[1].split()[0] == "all" and float(table[1].split()[4]) == pytest.approx(
+        scores["all"], abs=1e-4
+    )
+    assert lines[0]["reward"] == pytest.approx(lines[0]["geneval"] + 0.1 * lines[0]["jpeg"], abs=1e-5)
+
+
+def test_images_of_several_sizes_and_unscored_ones(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(rewards.REGISTRY, "picky", f"{__name__}:make_picky")
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\nd")
+    for name, size in (("0.png", (8, 8)), ("1.png", (8, 8)), ("2.png", (9, 7)), ("3.png", (8, 8))):
+        save_images(tmp_path, name, size=size)
+    flags = ("--images", tmp_path, "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "out.jsonl")
+    run_score_folder("picky", *flags)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["picky"] for line in lines] == [8, 8, None, 8]
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record == {"images": 4, "unscored": 1, "scores": {"picky": {"all": 8.0}}}
+
+
+def make_picky(metadata, device):
+    """The width, NaN for an image that is no square."""
+    return lambda images, prompts, metadata: torch.full(
+        (len(images),), float(images.shape[3]) if images.shape[2] == images.shape[3] else NAN
+    )
+
+
+@pytest.mark.parametrize(
+    "name, changes, said",
+    [
+        ("beauty", {}, "unknown reward 'beauty'"),
+        ("ocr", {}, "prompt 1 .*double quotes"),
+        ("jpeg", {"--prompts": "none.txt"}, "none.txt does not exist"),
+        ("jpeg", {"--images": "none"}, "0 images, 1 prompts"),
+        ("jpeg", {"--output": "none/x.jsonl"}, "--output none/x.jsonl: there is no folder none"),
+        ("jpeg", {"--images": "broken"}, "broken/0.png is no image"),
+    ],
+)
+def test_mistakes_end_the_scoring_with_one_line(tmp_path, monkeypatch, capsys, name, changes, said):
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "images", "0.png")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/0.png").write_bytes((tmp_path / "images/0.png").read_bytes()[:40])
+    (tmp_path / "prompts.txt").write_text("a dog")
+    flags = {"--images": "images", "--prompts": "prompts.txt"} | changes
+    with pytest.raises(SystemExit) as stopped:
+        run_score_folder(name, *(word for flag in flags.items() for word in flag))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(f"error: .*{said}", line)
 
 
 # ---- report ----
@@ -644,18 +958,56 @@ def test_mean_leaves_nan_out(values, expected):
 
 def test_summarise_gives_means_over_all_and_per_tag():
     metadata = [{"tag": "colors"}, {"tag": "position"}, {"tag": "colors"}, {}, {"tag": "counting"}]
-    scores = {"reward": {0: 1.0, 1: 0.5, 2: NAN, 3: 0.0, 4: NAN}, "jpeg": {2: -4.0, 0: -2.0}}
+    scores = {
+        "reward": {0: 1.0, 1: 0.5, 2: NAN, 3: 0.0, 4: NAN},
+        "jpeg": {2: -4.0, 0: -2.0, 1: -1.0, 3: 0.0, 4: NAN},
+    }
     expected = {
         "eval/reward": 0.5,
         "eval/reward/colors": 1.0,
         "eval/reward/position": 0.5,
         "eval/reward/counting": NAN,
-        "eval/jpeg": -3.0,
+        "eval/jpeg": -7 / 4,
         "eval/jpeg/colors": -3.0,
-        "eval/jpeg/position": NAN,
+        "eval/jpeg/position": -1.0,
         "eval/jpeg/counting": NAN,
     }
     assert runs.summarise(scores, metadata, "") == pytest.approx(expected, nan_ok=True)
+
+
+def test_summarise_leaves_out_what_another_reward_judged():
+    metadata = [{"tag": "colors"}, {"tag": "text"}, {"tag": "text"}, {"tag": "colors"}, {"tag": "text"}]
+    scores = {
+        "reward": {0: 1.0, 1: -4.0, 2: NAN, 3: 0.0, 4: -2.0},
+        "geneval": {0: 1.0, 1: NAN, 2: NAN, 3: 0.0, 4: NAN},
+        "jpeg": {0: NAN, 1: -4.0, 2: NAN, 3: NAN, 4: -2.0},
+        "ocr": {0: NAN, 1: NAN, 3: NAN, 4: NAN},
+    }
+    means = runs.summarise(scores, metadata, "")
+    expected = {"eval/geneval": 0.5, "eval/geneval/colors": 0.5, "eval/geneval/text": NAN}
+    expected |= {"eval/jpeg": -3.0, "eval/jpeg/text": -3.0}
+    expected |= {"eval/reward": -5 / 4, "eval/reward/colors": 0.5, "eval/reward/text": -3.0}
+    assert means == pytest.approx(expected, nan_ok=True)
+
+
+def test_reward_metrics_are_means_over_the_rows_a_reward_judged():
+    scores = {
+        "reward": torch.tensor([1.0, 3, -8, -4, 5, 5, 5, 5, 0, 2, 4, NAN]),
+        "geneval": torch.tensor([1.0, 3] + 6 * [NAN] + [0, 2, 4, NAN]),
+        "jpeg": torch.tensor([NAN, NAN, -8, -4] + 8 * [NAN]),
+        "ocr": torch.full((12,), NAN),
+    }
+    row = runs.reward_metrics(scores, [2] * 6)
+    assert row["rewards/geneval"] == 2 and row["rewards/jpeg"] == -6 and "rewards/ocr" not in row
+    assert row["charts/nan_fraction"] == pytest.approx(1 / 12)
+    assert row["charts/reward_mean"] == pytest.approx(18 / 11)
+    assert row["charts/zero_std_fraction"] == pytest.approx(3 / 6)
+
+
+def test_the_runs_folder_is_named_after_the_first_reward(tmp_path):
+    args = flow_grpo.Args(rewards="clipscore@org/name:0.5,jpeg", output_dir=str(tmp_path), seed=7)
+    run_dir = runs.open_run(flow_grpo.Args, args, "flow_grpo.py")[1]
+    assert run_dir.parent == tmp_path and run_dir.name.startswith("flow_grpo-clipscore-7-")
 
 
 def test_summarise_puts_the_suffix_before_the_tag():

@@ -1,0 +1,75 @@
+"""Weights that are not a transformers repository: read, renamed, and loaded with none missing or left."""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from rewards import BadInput
+
+OPEN_CLIP_NAMES = (  # applied in this order
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"^visual\.(class_embedding)$", r"vision_model.embeddings.\1"),
+    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
+    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^(token_embedding)\.", r"text_model.embeddings.\1."),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.c_fc\.", ".fc1."),
+    (r"\.c_proj\.", ".fc2."),
+)
+
+
+def from_open_clip(state):
+    """The tensors of an open_clip ViT under transformers' names for CLIPModel."""
+    converted = {}
+    for name, tensor in state.items():
+        for pattern, replacement in OPEN_CLIP_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if name.endswith("_projection.weight"):
+            tensor = tensor.T.contiguous()  # open_clip multiplies from the right
+        if ".in_proj_" in name:  # query, key and value in one
+            for letter, part in zip("qkv", tensor.chunk(3)):
+                converted[name.replace("in_proj_", f"{letter}_proj.")] = part.contiguous()
+        else:
+            converted[name] = tensor
+    return converted
+
+
+def read_state(path):
+    """{name: tensor} of a .safetensors or a torch file; nothing is unpickled. BadInput when it is neither."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises anything
+        raise BadInput(f"{path} is no file of weights, or damaged ({type(error).__name__})") from None
+
+
+def load_exactly(module, state, source):
+    """Loads a state dict into a module. BadInput, naming source, unless names and shapes are the module's."""
+    expected, given = ({name: t.shape for name, t in part.items()} for part in (module.state_dict(), state))
+    wrong = sorted(name for name in expected | given if expected.get(name) != given.get(name))
+    if wrong:
+        raise BadInput(
+            f"{source} does not fit {type(module).__name__}: {len(wrong)} tensors are missing, unknown or of "
+            f"another shape, the first is {wrong[0]}"
+        )
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def from_state(cls, config, state, source, **options):
+    """A transformers model with these tensors, in their precision; errors as in `load_exactly`."""
+    with torch.device("meta"):  # no memory, no time for random weights that go at once
+        load_exactly(cls(config, **options), state, source)
+    # once more through transformers, which also fills the buffers that no file has
+    return cls.from_pretrained(None, config=config, state_dict=state, **options)

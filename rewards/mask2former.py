@@ -1,0 +1,175 @@
+"""GenEval's detector for real images: Mask2Former over COCO's 80 classes, with transformers alone.
+
+GenEval's own code runs mmdet's Mask2Former; the steps here are those of mmdet's test pipeline:
+  before  resize to a short side of 800 (a long side of at most 1333), ImageNet's mean and deviation, zeros at
+          the right and the bottom up to a multiple of 32
+  after   mask logits upsampled to the padded input, cropped, resized to the image; the 100 most probable
+          pairs of query and class; score = class probability * mean mask probability over the mask's pixels
+  kept    scores above 0.3, above 0.9 for counting prompts
+transformers' own image processor does both differently: it stretches to a multiple of 32 instead of padding,
+and makes masks of 384 x 384. The resize is antialiased, as there; mmdet's is not (images above 800 pixels).
+
+The default weights are not mmdet's but of another training run: scores near 0.9 differ, and with them counts.
+No number of theirs is "GenEval" before it was compared with the official code's on the same images.
+"""
+
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Mask2FormerModel, Mask2FormerPreTrainedModel
+
+from rewards import BadInput
+from rewards.geneval import CLASSES, MAX_OBJECTS, Detection
+from rewards.hub import from_hub
+
+SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32  # pixels of the detector's input
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a score counts when it is above, not at, the threshold
+MAX_INSTANCES = 100  # pairs of query and class that are looked at
+
+
+class Mask2Former(Mask2FormerPreTrainedModel):
+    """Mask2FormerForUniversalSegmentation without its training loss, the only part that needs scipy.
+
+    The weights have the same names. forward(pixels (B, 3, H, W)) -> class logits (B, Q, classes + 1), the
+    last class being "no object", and mask logits (B, Q, H / 4, W / 4).
+    """
+
+    # the loss's weights; an index that Swin computes by itself; a norm that Swin's backbone doesn't use
+    _keys_to_ignore_on_load_unexpected = [r"^criterion\.empty_weight$", r"\.relative_position_index$"]
+    _keys_to_ignore_on_load_missing = [r"\.encoder\.swin\.layernorm\.(weight|bias)$"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = Mask2FormerModel(config)
+        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+        self.post_init()
+
+    def forward(self, pixels):
+        # no pixel_mask: the model takes one but ignores it, and mmdet's, too, treats the padding as image
+        output = self.model(pixels, output_hidden_states=True)
+        # (Q, B, D) after the decoder's last norm, which transformer_decoder_last_hidden_state lacks
+        queries = output.transformer_decoder_intermediate_states[-1]
+        return self.class_predictor(queries.transpose(0, 1)), output.masks_queries_logits[-1]
+
+
+def preprocess(images):
+    """images (B, 3, H, W) in [0, 1] -> normalised (B, 3, H', W') with H', W' multiples of 32, and the size
+    (h, w) of its part that is image; the rest, at the right and the bottom, is zero."""
+    height, width = images.shape[-2:]
+    scale = min(SHORT_SIDE / min(height, width), LONG_SIDE / max(height, width))
+    h, w = int(height * scale + 0.5), int(width * scale + 0.5)
+    # 8 bits before and after the resize: the detector was trained on, and GenEval reads, saved pictures
+    images = (images.float() * 255).round()
+    images = F.interpolate(images, (h, w), mode="bilinear", antialias=True).round() / 255
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
+    return F.pad((images - mean) / std, (0, -w % DIVISOR, 0, -h % DIVISOR)), (h, w)
+
+
+def find_instances(class_logits, mask_logits, padded, resized, original, threshold):
+    """The objects of one image whose score is above the threshold, best first.
+
+    class_logits (Q, classes + 1), mask_logits (Q, h, w); the sizes (height, width) are of the model's input,
+    of its part that is image, and of the image itself. Returns scores (N,), classes (N,) int64, boxes (N, 4)
+    int64 as x0, y0, x1, y1 in the image's pixels with x1, y1 exclusive, masks (N, H, W) bool.
+    """
+    num_classes = class_logits.shape[1] - 1
+    probability = class_logits.softmax(dim=1)[:, :-1].flatten()
+    probability, index = probability.topk(min(MAX_INSTANCES, len(probability)))
+    likely = probability > threshold  # no score is above its probability: the other masks need not be made
+    probability, index = probability[likely], index[likely]
+    logits = mask_logits.new_zeros(0, *original)
+    if len(index):  # interpolate takes no empty batch
+        logits = F.interpolate(mask_logits[index // num_classes][None], padded, mode="bilinear")
+        logits = F.interpolate(logits[..., : resized[0], : resized[1]], original, mode="bilinear")[0]
+    masks = logits > 0  # (N, H, W)
+    area = masks.sum(dim=(1, 2)).clamp(min=1)  # an empty mask scores 0
+    scores = probability * (logits.sigmoid() * masks).sum(dim=(1, 2)) / area
+    order = scores.argsort(descending=True, stable=True)
+    order = order[scores[order] > threshold]
+    scores, index, masks = scores[order], index[order], masks[order]
+
+    low, high = [], []
+    for filled in (
+        masks.any(dim=1),
+        masks.any(dim=2),
+    ):  # columns (N, W), then rows (N, H), that a mask reaches
+        low.append(filled.int().argmax(dim=1))
+        high.append(filled.shape[1] - filled.flip(1).int().argmax(dim=1))
+    return scores, index % num_classes, torch.stack(low + high, dim=1), masks
+
+
+class Detector:
+    """detector(images (B, 3, H, W) in [0, 1], metadata) -> a list of `Detection` an image, None where the
+    model's output is not finite.
+
+    model: a `Mask2Former` of the 80 classes. colors: a `rewards.colors.ColorClassifier`, needed when a row
+    asks for a colour; only objects of the classes that are asked for with one get one. batch_size: images per
+    forward pass, memory and speed.
+    """
+
+    def __init__(self, model, colors=None, batch_size=8):
+        self.model, self.colors, self.batch_size = model.eval().requires_grad_(False), colors, batch_size
+
+    @torch.no_grad()
+    def __call__(self, images, metadata):
+        found = []
+        for chunk in images.split(self.batch_size):
+            chunk = chunk.to(self.model.device, torch.float32)
+            pixels, resized = preprocess(chunk)
+            for image, *logits in zip(chunk, *self.model(pixels)):
+                if not all(x.isfinite().all() for x in logits):
+                    found.append(None)
+                    continue
+                row = metadata[len(found)]
+                threshold = COUNTING_THRESHOLD if row.get("tag") == "counting" else THRESHOLD
+                sizes = pixels.shape[-2:], resized, image.shape[-2:]
+                found.append(self.describe(image, row, *find_instances(*logits, *sizes, threshold)))
+        return found
+
+    def describe(self, image, metadata, scores, classes, boxes, masks):
+        """The `Detection`s of one image, best first; the scorer takes at most MAX_OBJECTS of a class."""
+        asked = {clause["class"] for clause in metadata["include"] if "color" in clause}
+        detections, counts = [], Counter()
+        for score, label, box, mask in zip(scores.tolist(), classes.tolist(), boxes.tolist(), masks):
+            name = CLASSES[label]
+            counts[name] += 1
+            if counts[name] <= MAX_OBJECTS:
+                color = self.colors(image, box, mask, name) if name in asked else None
+                detections.append(Detection(name, tuple(box), score, color))
+        return detections
+
+
+def check_labels(config, name):
+    """BadInput unless the classes are COCO's 80 in COCO's order: they are matched by their number."""
+    labels = [config.id2label[i] for i in range(config.num_labels)]
+    # by the last word, "mouse" of "computer mouse"; a few may differ, as "sofa" and "couch" do
+    same = sum(label.split()[-1:] == known.split()[-1:] for label, known in zip(labels, CLASSES))
+    if len(labels) != len(CLASSES) or same < 70:
+        raise BadInput(
+            f"{name} has {len(labels)} labels ({', '.join(labels[:3])}, ...), not COCO's 80 in COCO's order"
+        )
+
+
+def load_detector(name, device, asks_colors):
+    """The detector with the weights of a hub id or a folder, and with CLIP where a row asks for a colour.
+
+    float32 on every device: bfloat16 rounds the attention's sampling points to several pixels. Raises
+    BadInput when the weights are missing or not such a model's.
+    """
+    model, info = from_hub(Mask2Former.from_pretrained, name, dtype=torch.float32, output_loading_info=True)
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    if wrong:
+        raise BadInput(
+            f"{name} is no Mask2Former: {len(wrong)} weights missing or unknown, such as {wrong[0]}"
+        )
+    check_labels(model.config, name)
+    colors = None
+    if asks_colors:
+        from rewards.clip import load_clip
+        from rewards.colors import ColorClassifier
+
+        colors = ColorClassifier(load_clip("openai/clip-vit-large-patch14", device))
+    return Detector(model.to(device), colors)
