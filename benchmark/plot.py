@@ -23,6 +23,8 @@ SETTINGS = {  # name of the runs -> (score that the setting is about, what it is
     "flow_grpo_ocr_64": ("eval/ocr", "the same on written text"),
     "superflow": ("eval/geneval_strict", "`python superflow.py`, the default"),
     "fdfo": ("eval/geneval_strict", "`python fdfo.py`, the default"),
+    "fdfo_3e-4": ("eval/geneval_strict", "`fdfo.py` while its default learning rate was looked for"),
+    "fdfo_4e-4": ("eval/geneval_strict", "the same: colours collapse to white, see [fdfo.md](fdfo.md)"),
     "flow_grpo_window2": ("eval/geneval_strict", "window of 2 steps, 20 iterations"),
     "flow_grpo_all_steps": (
         "eval/geneval_strict",
@@ -38,7 +40,7 @@ def load():
         record = json.loads(path.read_text())
         if "metrics" in record:
             runs[record["name"]].append(record)
-    return runs
+    return dict(runs)
 
 
 def draw(path, runs, names, score, label):
@@ -113,8 +115,11 @@ def setting(runs, name):
 
 def comparison(runs):
     """The algorithms against each other, how their settings were chosen, and SuperFlow's parts."""
-    draw(DOCS / "comparison.png", runs, compare.ALGORITHMS, compare.SCORE, "held-out strict GenEval")
+    names = [name for name in compare.ALGORITHMS if name in runs]
+    draw(DOCS / "comparison.png", runs, names, compare.SCORE, "held-out strict GenEval")
     lines = ["## The algorithms", "", *compare.headline(runs), "", "![comparison](comparison.png)", ""]
+    if not any(name.startswith("tune_") for name in runs):
+        return lines
     lines += [
         "## The learning rates",
         "",
@@ -171,7 +176,7 @@ def write(runs):
         "Made by `python -m benchmark.plot` from `benchmark/results/`; do not edit by hand. Intervals in"
     ]
     lines += ["brackets are 95% bootstrap intervals over seeds.", ""]
-    lines += comparison(runs) if compare.ALGORITHMS.keys() <= runs.keys() else []
+    lines += comparison(runs)
     lines += [line for name in SETTINGS if name in runs for line in setting(runs, name)]
     lines += window(runs) if "speed_all_steps" in runs else []
     lines += overhead() if (RESULTS / "overhead.json").exists() else []

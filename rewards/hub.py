@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
 
 from rewards import BadInput
 
@@ -15,7 +14,7 @@ def from_hub(load, name, *args, **options):
     """
     try:
         return load(name, *args, **options)
-    except (OSError, HFValidationError) as error:  # what the libraries raise without network, file or access
+    except (OSError, ValueError) as error:  # what the libraries raise without network, file, access or sense
         reason = str(error).strip().split("\n")[0][:120]
         raise BadInput(
             f"cannot load {name}: run `hf download {name}` where there is a network, or give a local folder "

@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def save_samples(path, prompts, values, pictures):
     sheet = matplotlib.figure.Figure(figsize=(16, 5))
     for axes, row in zip(sheet.subplots(2, 8).flat, rows):
         axes.imshow(rearrange(pictures[row], "c h w -> h w c"), interpolation="nearest")
-        axes.set_title(f"{prompts[row][:28]}\n{values[row]:.2f}", fontsize=9)
+        title = [line for part in prompts[row].split("\n") for line in textwrap.wrap(part, 28)[:3]]
+        axes.set_title("\n".join([*title, f"{values[row]:.2f}"]), fontsize=9)
     for axes in sheet.axes:
         axes.axis("off")
     sheet.tight_layout()
@@ -131,7 +133,8 @@ def main(train, args):
         sys.exit(2)
     except (FloatingPointError, KeyboardInterrupt) as error:
         print(
-            f"stopped: {str(error) or 'Ctrl-C'}. Go on from the last checkpoint with --resume RUN", file=sys.stderr
+            f"stopped: {str(error) or 'Ctrl-C'}. Go on from the last checkpoint with --resume RUN",
+            file=sys.stderr,
         )
         sys.exit(1)
 
@@ -249,8 +252,8 @@ class Report:
         """Adds a row, {name: number}; evaluations: {file: (prompts, metadata, scores, pictures)} or {}."""
         for name, (prompts, metadata, scores, pictures) in evaluations.items():
             row |= summarise(scores, metadata, name.removeprefix("eval"))
-            if name == "eval":
-                sample = self.run_dir / "samples" / f"{row['iteration']:06d}.png"
+            if name in ("eval", "eval_enhanced"):
+                sample = self.run_dir / "samples" / f"{row['iteration']:06d}{name.removeprefix('eval')}.png"
                 save_samples(sample, prompts, scores["reward"], pictures)
         self.metrics.append(row)
         with open(self.run_dir / "metrics.jsonl", "a") as file:
