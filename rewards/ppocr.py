@@ -57,7 +57,7 @@ def start(command):
     """A worker that has loaded its engine. RuntimeError when it cannot."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    # in a session of its own: Ctrl-C is for the trainer
+    # not the terminal's: Ctrl-C is for the trainer
     worker = subprocess.Popen(command, **pipes, env=environment, start_new_session=True)
     if worker.stdout.readline() != b"ready\n":
         stop(worker)
