@@ -15,8 +15,8 @@ One iteration:
  7. one optimiser step per rollout, or a few, each tuple used once; the first is on-policy (rho 1)
 
 Differences from the official settings:
- 1. The times are the pipeline's own. The learning rate is annealed.
- 2. Tuples without a difference in reward weigh nothing and are left out: same loss, less time.
+ 1. The times are the pipeline's own. The learning rate is annealed, and a KL is on by default (docs/fdfo.md).
+ 2. Without it, tuples without a difference in reward are left out: same loss, less time.
  3. log rho is limited to +-5. A pair closer than 1e-8 in mean square counts as equal.
 
 Run (time and memory: not measured yet; with real weights: not run):
@@ -24,7 +24,7 @@ Run (time and memory: not measured yet; with real weights: not run):
   python fdfo.py --model stabilityai/stable-diffusion-3.5-medium --max-sequence-length 128 --lora-rank 32 \\
       --resolution 512 --rewards ocr --prompts ocr/train.txt --churn-weight 0.0025 --learning-rate 3e-5 \\
       --num-inference-steps 40 --eval-num-inference-steps 40 --num-updates-per-iteration 4 \\
-      --micro-batch-size 8
+      --kl-coef 0 --micro-batch-size 8
   torchrun --nproc_per_node=8 fdfo.py ... --num-prompts-per-iteration 448
 Conventions: t in [0, 1], t = 1 is noise; x_t = (1 - t) x_0 + t eps; v = eps - x_0; sampling runs from 1 to 0.
 Letters: P prompts, K images per prompt, B = P * K, T steps, (C, h, w) a latent.
@@ -79,11 +79,11 @@ class Args:
     micro_batch_size: int = 64  # images per forward pass: memory and speed, not the result
     # algorithm
     clip_range: float = 0.03  # of the ratio; small, since log-probabilities are means over a latent
-    kl_coef: float = 0.0  # beta, weight of the KL to the base model; a forward pass per trained step
+    kl_coef: float = 0.2  # beta, weight of the KL to the base model; a forward pass per trained step
     # optimisation
-    num_iterations: int = 96  # rollouts
+    num_iterations: int = 64  # rollouts
     num_updates_per_iteration: int = 1  # optimiser steps per rollout, each on its share of the prompts
-    learning_rate: float = 6e-4  # AdamW's, annealed linearly to zero over the run
+    learning_rate: float = 4e-4  # AdamW's, annealed linearly to zero over the run
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
 
@@ -178,8 +178,7 @@ def churned_step(x_t, velocity, t, t_next, churn, noise):
     gamma = 0 is Euler's step. At t = t_next = 1 it churns the prior: x_t / (1 + gamma) and fresh noise.
     """
     r = t_next / (1 + churn - churn * t_next)
-    x_r = x_t + (r - t) * velocity
-    return (x_r + r * ((1 + churn) ** 2 - 1).sqrt() * noise) / (1 + churn * r)
+    return (x_t + (r - t) * velocity + r * ((1 + churn) ** 2 - 1).sqrt() * noise) / (1 + churn * r)
 
 
 def churn_schedule(sigmas, kind, weight, centre, width=0.25):
@@ -238,8 +237,7 @@ def draw_churn(pairs, sigmas, kind, weight, seed, iteration):
 def churned_rollout(velocity_at, noise, sigmas, churn):
     """Samples a batch. noise (B, 1 + T, C, h, w), draw 0 the start's, churn (B, T + 1).
 
-    velocity_at(x_t, t) -> (B, C, h, w). Returns x_0 (B, C, h, w), and of all steps x_t and velocity, both
-    (B, T, C, h, w) float32.
+    velocity_at(x_t, t) -> (B, C, h, w). Returns x_0 (B, C, h, w), and all x_t, velocities (B, T, C, h, w).
     """
     churn = rearrange(churn, "b t -> t b 1 1 1")
     x_t, states, velocities = churned_step(noise[:, 0], 0.0, 1.0, 1.0, churn[0], noise[:, 1]), [], []
@@ -257,9 +255,8 @@ def churned_rollout(velocity_at, noise, sigmas, churn):
 def finite_difference(x_0, values):
     """Direction h (B, C, h, w) and reward difference dR (B,) of pairs x_0 (B, C, h, w), values (B,).
 
-    dx and dR are half the differences, with opposite signs for the two of a pair; h = dx / mean(dx^2), the
-    mean square and not its root, which makes dR h the quotient of differences times C h w. dR is 0, and
-    with it the loss, of a pair with equal latents (then h, too) or rewards, or a reward that is not finite.
+    dx, dR: half the differences, opposite signs in a pair. h = dx / mean(dx^2), not over its root: so dR h is
+    their quotient times C h w. dR, and the loss, is 0 for equal latents (h, too), equal rewards, or a NaN.
     """
     pairs, values = rearrange(x_0, "(n k) ... -> n k ...", k=2), values.view(-1, 2)
     dx, dR = (pairs - pairs.mean(1, keepdim=True)).flatten(0, 1), values - values.mean(1, keepdim=True)
@@ -397,8 +394,7 @@ def train(args):
             optimizer.param_groups[0]["lr"] = lr
             order = torch.from_numpy(np.random.default_rng((args.seed, 4, iteration)).permutation(P * K * T))
             sums, terms = torch.zeros(U, 6, device=device), P * K * T // U
-            chunks = tqdm(order.split(terms), desc="train", leave=False, disable=None)
-            for update, tuples in enumerate(chunks):  # the same ones for any number of processes
+            for update, tuples in enumerate(tqdm(order.split(terms), "train", leave=False, disable=None)):
                 tuples = tuples[tuples // (B * T) == rank].to(device) - rank * B * T  # this process's images
                 tuples = tuples[(dR[tuples // T] != 0) | (args.kl_coef > 0)]  # a tie's loss is zero
                 for batch in tuples.split(M) if len(tuples) else []:
