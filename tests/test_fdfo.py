@@ -626,6 +626,7 @@ def small(tmp_path, monkeypatch):
         num_updates_per_iteration=2,
         learning_rate=1e-4,
         churn_weight=0.03,
+        kl_coef=0.0,
         device="cpu",
     )
     return lambda **changes: flags | changes
@@ -688,19 +689,22 @@ def test_every_variant_runs_and_starts_on_policy(small, monkeypatch, changes):
     assert seen == 2
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, 0.2])
 @pytest.mark.parametrize("case", ["no churn", "constant reward"])
-def test_without_differences_there_is_no_step(small, monkeypatch, case):
+def test_without_differences_there_is_no_step(small, monkeypatch, case, kl_coef):
     differences = recorded(monkeypatch, "finite_difference")
     if case == "constant reward":
         monkeypatch.setattr(rewards, "build", lambda *_: Brightness(0.0))
     # at this learning rate even the weight decay of a step with gradient zero would show
-    changes = dict(churn_weight=0.0 if case == "no churn" else 0.03, learning_rate=0.1)
+    changes = dict(churn_weight=0.0 if case == "no churn" else 0.03, learning_rate=0.1, kl_coef=kl_coef)
     run_dir = train(Args(**small(**changes)))
     for (x_0, _), (_, dR) in differences:
         assert torch.equal(x_0[::2], x_0[1::2]) == (case == "no churn")
         assert not dR.any()
     row = metrics(run_dir)[1]
-    assert row["losses/policy_loss"] == row["losses/grad_norm"] == row["losses/ratio_mean"] == 0
+    assert row["losses/policy_loss"] == row["losses/kl"] == row["losses/grad_norm"] == 0
+    # with a KL the ties are in the batches too, other ones than the rollout's: rho is 1 up to rounding
+    assert row["losses/ratio_mean"] == 0 if kl_coef == 0 else row["losses/ratio_mean"] < 1e-5
     weights = torch.load(run_dir / "checkpoint/state.pt", weights_only=True)["weights"]
     base = SD3Transformer2DModel.from_pretrained("tiny/sd3/transformer").state_dict()
     assert len(weights) > 20 and all(torch.equal(base[name], value) for name, value in weights.items())
