@@ -92,10 +92,7 @@ def find_instances(class_logits, mask_logits, padded, resized, original, thresho
     scores, index, masks = scores[order], index[order], masks[order]
 
     low, high = [], []
-    for filled in (
-        masks.any(dim=1),
-        masks.any(dim=2),
-    ):  # columns (N, W), then rows (N, H), that a mask reaches
+    for filled in (masks.any(dim=1), masks.any(dim=2)):  # the columns (N, W) and rows (N, H) of a mask
         low.append(filled.int().argmax(dim=1))
         high.append(filled.shape[1] - filled.flip(1).int().argmax(dim=1))
     return scores, index % num_classes, torch.stack(low + high, dim=1), masks
