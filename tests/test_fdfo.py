@@ -776,21 +776,10 @@ def test_micro_batches_that_split_pairs_do_not_change_the_result(small):
     assert parts[1] == pytest.approx(whole[1], rel=1e-3, abs=1e-4)
 
 
-def test_resume_after_an_interruption_equals_an_uninterrupted_run(small, monkeypatch):
+def test_resume_after_an_interruption_equals_an_uninterrupted_run(small, interrupted_run):
     flags = small(num_iterations=3, save_every=1, eval_every=3)
     expected = metrics(train(Args(**flags | {"output_dir": flags["output_dir"] + "a"})))
-    write = rewards.runs.Report.write
-
-    def interrupted(self, row, evaluations):
-        write(self, row, evaluations)
-        if row["iteration"] == 2:  # after the row, before its checkpoint
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rewards.runs.Report, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(Args(**flags))
-    (run_dir,) = Path(flags["output_dir"]).iterdir()
+    run_dir = interrupted_run(train, Args(**flags))
     assert len(metrics(run_dir)) == 3
     train(Args(resume=str(run_dir)))
     assert metrics(run_dir) == expected

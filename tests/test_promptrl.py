@@ -568,21 +568,10 @@ def test_saved_loras_load_in_their_libraries(small, monkeypatch):
         assert (x - y).abs().max() > 1e-3
 
 
-def test_resume_after_an_interruption_equals_an_uninterrupted_run(small, monkeypatch):
+def test_resume_after_an_interruption_equals_an_uninterrupted_run(small, interrupted_run):
     flags = small(num_iterations=3, eval_every=3, save_every=1)
     whole = train(Args(**flags | {"output_dir": flags["output_dir"] + "a"}))
-    write = rewards.runs.Report.write
-
-    def interrupted(self, row, evaluations):
-        write(self, row, evaluations)
-        if row["iteration"] == 2:  # after the row, before a checkpoint
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rewards.runs.Report, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(Args(**flags))
-    (run_dir,) = Path(flags["output_dir"]).iterdir()
+    run_dir = interrupted_run(train, Args(**flags))
     assert saved(run_dir)["progress"]["iteration"] == 1
     train(Args(resume=str(run_dir)))
     assert metrics(run_dir) == metrics(whole)

@@ -501,21 +501,10 @@ def test_with_every_part_off_it_is_flow_grpo(small, monkeypatch):
         assert {name: super_row[name] for name in flow_row} == flow_row
 
 
-def test_resume_after_an_interruption_equals_an_uninterrupted_run(small, monkeypatch):
+def test_resume_after_an_interruption_equals_an_uninterrupted_run(small, interrupted_run):
     flags = small(num_iterations=3, eval_every=3, save_every=1)
     whole = train(Args(**flags | {"output_dir": flags["output_dir"] + "a"}))
-    write = rewards.runs.Report.write
-
-    def interrupted(self, row, evaluations):
-        write(self, row, evaluations)
-        if row["iteration"] == 2:  # after the row, before a checkpoint
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rewards.runs.Report, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(Args(**flags))
-    (run_dir,) = Path(flags["output_dir"]).iterdir()
+    run_dir = interrupted_run(train, Args(**flags))
     assert saved_progress(run_dir)["iteration"] == 1
     train(Args(resume=str(run_dir)))
     assert metrics(run_dir) == metrics(whole)
