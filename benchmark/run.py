@@ -51,14 +51,14 @@ def start(name, seed, script, flags, threads):
     return subprocess.Popen(words, cwd=ROOT, env=environment), record
 
 
-def finish(process, record):
+def finish(process, record, measure_diversity):
     """Waits for a run and writes its file."""
     if process.wait() != 0:
         raise SystemExit(f"{record['command']} failed with exit code {process.returncode}")
     (run_dir,) = record.pop("output_dir").iterdir()
     record["seconds"] = round(time.time() - record.pop("began"), 1)
     record["metrics"] = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    if record["metrics"][-1].get("eval/geneval") is not None and (run_dir / "transformer").exists():
+    if measure_diversity and "eval/geneval" in record["metrics"][-1] and (run_dir / "transformer").exists():
         record["diversity"] = {"before": diversity(None), "after": diversity(run_dir / "transformer")}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{record['name']}-{record['seed']}.json").write_text(json.dumps(record, indent=0) + "\n")
@@ -72,6 +72,7 @@ if __name__ == "__main__":
     parser.add_argument("script", help="algorithm file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--no-diversity", action="store_true", help="leave the images' diversity out")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each run")
     own, flags = sys.argv[1:], []
     if "--" in own:
@@ -81,7 +82,7 @@ if __name__ == "__main__":
     running = []
     for seed in missing:
         if len(running) == args.jobs:
-            finish(*running.pop(0))
+            finish(*running.pop(0), not args.no_diversity)
         running.append(start(args.name, seed, args.script, flags, args.threads))
     for run in running:
-        finish(*run)
+        finish(*run, not args.no_diversity)
