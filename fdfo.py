@@ -60,7 +60,7 @@ class Args:
     wandb_project_name: str = "flow-rl"  # the W&B project
     wandb_entity: str | None = None  # the W&B team or user
     # model and data
-    model: str = "tiny/sd3"  # a Stable Diffusion 3 or 3.5 pipeline: a diffusers folder or a hub id
+    model: str = "tiny/sd3"  # a diffusers pipeline of a supported family: a folder or a hub id
     resolution: int = 0  # side of the images in pixels; 0: the model's own
     max_sequence_length: int = 0  # T5 tokens per prompt (SD3.5: 128); 0 leaves T5 out (tiny/sd3 has none)
     lora_rank: int = 0  # of the LoRA that is trained, alpha is twice that; 0 trains all weights
@@ -81,7 +81,7 @@ class Args:
     clip_range: float = 0.03  # of the ratio; small, since log-probabilities are means over a latent
     kl_coef: float = 0.1  # beta, weight of the KL to the base model; a forward pass per trained step
     # optimisation
-    num_iterations: int = 64  # rollouts
+    num_iterations: int = 96  # rollouts
     num_updates_per_iteration: int = 1  # optimiser steps per rollout, each on its share of the prompts
     learning_rate: float = 8e-4  # AdamW's, annealed linearly to zero over the run
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm

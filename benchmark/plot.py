@@ -23,6 +23,7 @@ SETTINGS = {  # name of the runs -> (score that the setting is about, what it is
     "flow_grpo_ocr_64": ("eval/ocr", "the same on written text"),
     "superflow": ("eval/geneval_strict", "`python superflow.py`, the default"),
     "fdfo": ("eval/geneval_strict", "`python fdfo.py`, the default"),
+    "fdfo_64": ("eval/geneval_strict", "two thirds of the iterations"),
     "fdfo_3e-4": ("eval/geneval_strict", "`fdfo.py` while its default learning rate was looked for"),
     "fdfo_4e-4": ("eval/geneval_strict", "the same: colours collapse to white, see [fdfo.md](fdfo.md)"),
     "flow_grpo_window2": ("eval/geneval_strict", "window of 2 steps, 20 iterations"),
@@ -137,6 +138,12 @@ def comparison(runs):
     return lines
 
 
+def rewriting(runs):
+    """PromptRL against its parts."""
+    lines = ["## PromptRL and its parts", "", "Strict score, before and after; equal numbers of images.", ""]
+    return [*lines, *compare.rewriting(runs), "", *provenance(runs, "promptrl_")]
+
+
 def window(runs):
     """A window of two steps against all steps: speed, and curves."""
     names = ("speed_window2", "speed_all_steps")
@@ -177,6 +184,7 @@ def write(runs):
     ]
     lines += ["brackets are 95% bootstrap intervals over seeds.", ""]
     lines += comparison(runs)
+    lines += rewriting(runs) if "promptrl_flow_only" in runs else []
     lines += [line for name in SETTINGS if name in runs for line in setting(runs, name)]
     lines += window(runs) if "speed_all_steps" in runs else []
     lines += overhead() if (RESULTS / "overhead.json").exists() else []
