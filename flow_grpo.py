@@ -60,7 +60,7 @@ class Args:
     wandb_project_name: str = "flow-rl"  # the W&B project
     wandb_entity: str | None = None  # the W&B team or user
     # model and data
-    model: str = "tiny/sd3"  # a Stable Diffusion 3 or 3.5 pipeline: a diffusers folder or a hub id
+    model: str = "tiny/sd3"  # a diffusers pipeline of a supported family: a folder or a hub id
     resolution: int = 0  # side of the images in pixels; 0: the model's own
     max_sequence_length: int = 0  # T5 tokens per prompt (SD3.5: 128); 0 leaves T5 out (tiny/sd3 has none)
     lora_rank: int = 0  # of the LoRA that is trained, alpha is twice that; 0 trains all weights

@@ -58,14 +58,14 @@ class Args:
     wandb_project_name: str = "flow-rl"  # the W&B project
     wandb_entity: str | None = None  # the W&B team or user
     # models and data
-    model: str = "tiny/sd3"  # a Stable Diffusion 3 or 3.5 pipeline: a diffusers folder or a hub id
-    lm: str = "tiny/vlm"  # the rewriter, a Qwen2.5-VL: a transformers folder or a hub id
+    model: str = "tiny/sd3"  # a diffusers pipeline of a supported family: a folder or a hub id
+    lm: str = "tiny/vlm"  # the language model, a Qwen2.5-VL: a transformers folder or a hub id
     instruction: str = "Improve this image prompt: {prompt}. Answer inside <answer> </answer>."
     """What the rewriter is asked, with {prompt} in it; the same in training and evaluation."""
     resolution: int = 0  # side of the images in pixels; 0: the model's own
     max_sequence_length: int = 0  # T5 tokens per prompt (SD3.5: 128); 0 leaves T5 out (tiny/sd3 has none)
     lora_rank: int = 0  # of the LoRA that is trained, alpha is twice that; 0 trains all weights
-    lm_lora_rank: int = 0  # the same for the language model; 0 trains all its text weights
+    lm_lora_rank: int = 0  # of the language model's LoRA; 0 trains all its text weights
     gradient_checkpointing: bool = False  # recompute activations: far less memory, about a third more time
     prompts: str = "tiny/prompts/train.jsonl"  # .txt, a prompt a line, or .jsonl with metadata
     eval_prompts: str = ""  # held-out prompts; empty: the --prompts file with `train` replaced by `eval`
@@ -89,7 +89,6 @@ class Args:
     kl_coef: float = 0.0  # beta, weight of the KL to the base model; a forward pass per trained step
     lm_kl_coef: float = 0.01  # weight of the language model's KL to itself before training
     # optimisation
-    num_updates_per_iteration = 1  # one optimiser step per rollout; a constant, not a flag
     num_iterations: int = 96  # rollouts
     learning_rate: float = 3e-4  # AdamW's, annealed linearly to zero over the run
     lm_learning_rate: float = 1e-4  # the language model's
@@ -313,7 +312,7 @@ def reply_log_probs(lm, question, replies):
     """Log-probabilities of the replies' tokens, and entropies, (B, N) each, by one pass over all tokens."""
     after = torch.zeros_like(replies)
     parts = {"input_ids": replies, "attention_mask": after + 1, "mm_token_type_ids": after}
-    inputs = {name: torch.cat([question[name], part], dim=1) for name, part in parts.items()}
+    inputs = question | {name: torch.cat([question[name], part], dim=1) for name, part in parts.items()}
     logits = lm(**inputs, logits_to_keep=replies.shape[1] + 1).logits[:, :-1].float()
     banned = torch.tensor(lm.generation_config.suppress_tokens, device=lm.device)
     log_probs = logits.index_fill(-1, banned, -torch.inf).log_softmax(-1)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -63,6 +64,34 @@ def save_samples(path, prompts, values, pictures):
         axes.axis("off")
     sheet.tight_layout()
     sheet.savefig(path, dpi=80)
+
+
+def save_films(run_dir, iteration, films, prompts, metadata, scores, pictures):
+    """Six prompts spread over the file, a line each: what was seen and written at each refinement, the image.
+
+    films: promptloop.py's batches, (rows of the file, steps, record of their refinements); the others as in
+    `Report.write`.
+    """
+    shots = {}  # row -> [(preview or None, its title)]
+    for rows, steps, record in films:
+        for part, step, texts, _, (_, previews, *_) in record:
+            for k, (j, text) in enumerate(zip(part, texts)):
+                seen = None if previews is None else previews[k]
+                shots.setdefault(rows[j], []).append((seen, f"{step / steps:.0%}: {text}"))
+    rows = sorted(shots)[:: max(len(shots) // 6, 1)][:6]
+    columns = 1 + len(shots[rows[0]])
+    sheet = matplotlib.figure.Figure(figsize=(2.2 * columns, 2.7 * len(rows)))
+    for row, line in zip(rows, sheet.subplots(len(rows), columns, squeeze=False)):
+        final = rearrange(pictures[row], "c h w -> h w c")
+        shots[row].append((final, f"{prompts[row]}\n{scores['reward'][row]:.2f}"))
+        for axes, (picture, title) in zip(line, shots[row]):
+            if picture is not None:
+                axes.imshow(picture, interpolation="nearest")
+            lines = [line for part in title.split("\n") for line in textwrap.wrap(part, 30)]
+            axes.set_title("\n".join(lines), fontsize=7)
+            axes.axis("off")
+    sheet.tight_layout()
+    sheet.savefig(run_dir / "samples" / f"{iteration:06d}_films.png", dpi=80)
 
 
 def save_curve(path, metrics):
@@ -176,7 +205,7 @@ def check_args(args, families):
     families: names of the pipeline classes that the algorithm file supports.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    P, share = args.num_prompts_per_iteration, world_size * args.num_updates_per_iteration
+    P, share = args.num_prompts_per_iteration, world_size * getattr(args, "num_updates_per_iteration", 1)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: there is no CUDA device here, use --device cpu")
     if P < 1 or P % share:
@@ -189,12 +218,18 @@ def check_args(args, families):
         raise BadInput(f"--sde-window {args.sde_window} must be below --num-inference-steps")
     if getattr(args, "noise_level", 1) <= 0:
         raise BadInput("--noise-level must be above 0: a step without noise has no log-probability")
+    steps = min(args.num_inference_steps, args.eval_num_inference_steps)
+    if not 1 <= getattr(args, "num_refinements", 1) <= steps:
+        raise BadInput(f"--num-refinements {args.num_refinements} must be 1 to {steps}, the steps")
     try:
-        family = DiffusionPipeline.load_config(args.model)["_class_name"]
+        config = DiffusionPipeline.load_config(args.model)
+        family, scheduler = config["_class_name"], config["scheduler"][1]
     except Exception:  # the hub's and the file system's errors have no common base
         raise BadInput(f"--model {args.model} is no diffusers pipeline: it has no model_index.json") from None
     if family not in families:
         raise BadInput(f"--model {args.model} is a {family}; supported: {', '.join(families)}")
+    if not re.fullmatch("(FlowMatch)?EulerDiscreteScheduler", scheduler):
+        raise BadInput(f"--model {args.model} has a {scheduler}; steps must be Euler's")
 
 
 @contextlib.contextmanager
@@ -252,7 +287,7 @@ class Report:
         """Adds a row, {name: number}; evaluations: {file: (prompts, metadata, scores, pictures)} or {}."""
         for name, (prompts, metadata, scores, pictures) in evaluations.items():
             row |= summarise(scores, metadata, name.removeprefix("eval"))
-            if name in ("eval", "eval_enhanced"):
+            if name in ("eval", "eval_enhanced", "eval_loop"):
                 sample = self.run_dir / "samples" / f"{row['iteration']:06d}{name.removeprefix('eval')}.png"
                 save_samples(sample, prompts, scores["reward"], pictures)
         self.metrics.append(row)
@@ -276,19 +311,21 @@ class Report:
 
     def close(self):
         """Prints before, after and time, and makes the picture to look at."""
-        evaluated = [row for row in self.metrics if "eval/reward" in row]
+        evaluated = [row for row in self.metrics if any(name.startswith("eval/") for name in row)]
         before, after = evaluated[0], evaluated[-1]
-        sheets = [
-            Image.open(self.run_dir / "samples" / f"{row['iteration']:06d}.png") for row in (before, after)
-        ]
+        # a rewritten prompt's picture sorts after the plain one's
+        paths = [self.run_dir / "samples" / f"{before['iteration']:06d}.png"]
+        paths += sorted(self.run_dir.glob(f"samples/{after['iteration']:06d}*.png"))[-1:]
+        sheets = [Image.open(path) for path in paths]
         both = Image.new("RGB", (sheets[0].width, 2 * sheets[0].height))
         for i, sheet in enumerate(sheets):
             both.paste(sheet, (0, i * sheet.height))
         both.save(self.run_dir / "before_after.png")
         print()
         for name in sorted(name for name in before if name.startswith("eval/") and name.count("/") == 1):
-            change = after[name] - before[name]
-            print(f"{name:36s} before {before[name]:.3f}   after {after[name]:.3f}   change {change:+.3f}")
+            end = after.get(name, before[name])  # without training of the image model it is scored once
+            change = end - before[name]
+            print(f"{name:36s} before {before[name]:.3f}   after {end:.3f}   change {change:+.3f}")
         print(f"{after['charts/num_images']} images, {time.time() - self.began:.0f} s, folder {self.run_dir}")
         print(f"look at {self.run_dir / 'before_after.png'} (base model above, trained below) and reward.png")
         if self.wandb:

@@ -57,6 +57,28 @@ def test_efficiency_has_an_interval_that_may_end_at_never():
     assert estimate == pytest.approx(4 / 9) and low == pytest.approx(0.25) and high == np.inf
 
 
+def test_rewriting_compares_enhanced_scores_with_the_flow_model_alone():
+    def with_rewrites(plain, enhanced):
+        made = run(plain)
+        for row, better in zip(made["metrics"][::2], enhanced):
+            row |= {compare.SCORE + "_paraphrased": 0.4, compare.ENHANCED: better}
+            row |= {compare.SCORE + "_paraphrased_enhanced": 0.3}
+        return made
+
+    flow_only = run([0.4, 0.5, 0.6])
+    for row in flow_only["metrics"][::2]:
+        row[compare.SCORE + "_paraphrased"] = 0.2
+    runs = {"promptrl_flow_only": [flow_only] * 3}
+    runs["promptrl_m2"] = [with_rewrites([0.4, 0.4, 0.5], [0.4, 0.8, 0.9])] * 3
+    _, _, first, second = compare.rewriting(runs)
+    assert first.endswith(
+        "| 0.400, 0.600 [0.600, 0.600] |  | 0.200, 0.200 [0.200, 0.200] |  | 100% [100%, 100%] |"
+    )
+    # 0.6 is half way between 0.4 and 0.8, at 100 of 400 images
+    assert "| 0.400, 0.500 [0.500, 0.500] | 0.400, 0.900 [0.900, 0.900] | 0.400, 0.400" in second
+    assert second.endswith("| 0.300, 0.300 [0.300, 0.300] | 25% [25%, 25%] |")
+
+
 def test_interval_of_a_mean_over_seeds():
     low, high = compare.interval(np.array([[0.0, 5.0], [1.0, 5.0]]))
     assert low.tolist() == [0.0, 5.0] and high.tolist() == [1.0, 5.0]

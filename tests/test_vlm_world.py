@@ -190,6 +190,38 @@ def test_rewrites_keep_the_meaning_differ_and_use_no_held_out_word():
         assert not [word for word in held_out for sentence in padded if f" {word} " in sentence]
 
 
+@pytest.mark.parametrize(
+    "prompt, answer, expected",
+    [
+        ("a red disc and a blue box", "red circle top, blue square left", True),
+        ("a red disc and a blue box", "a blue square with a red circle", False),
+        ("both a blue block and a red ball", "blue square top, red circle left", True),
+        ("two pluses", "red cross top, blue cross left", True),
+        ("a cross left of a square", "a square right of a cross", False),
+        ("a cross left of a square", "red square center, red cross left", False),
+        ("a cross below a square", "a square above a cross", False),
+        ("a cross below a square", "red square top, red cross center", True),  # lists begin at the top
+        ('the text "K7"', 'the word "K7"', True),
+    ],
+)
+def test_answers_name_objects_in_the_prompts_order(prompt, answer, expected):
+    assert vlm_world.follows(answer, prompt) == expected
+
+
+def test_rewrites_and_refinements_follow_the_prompt():
+    rng = random.Random(0)
+    for _ in range(200):
+        _, question, answer, _ = vlm_world.sample_rewrite(rng)
+        prompt = question.split("prompt: ")[1].split(". Answer")[0]
+        assert vlm_world.follows(answer[len("<answer>") : -len("</answer>")], prompt)
+        _, question, answer, _ = vlm_world.sample_refine(rng)
+        current, prompt = (
+            question.split("Current prompt: ")[1].split(". Improve")[0].split(". Original prompt: ")
+        )
+        for text in (current, answer[len("<answer>") : -len("</answer>")]):
+            assert vlm_world.follows(text, prompt)
+
+
 @pytest.mark.parametrize("name", vlm_world.TASKS)
 def test_examples_of_every_task(name):
     rng, sampler = random.Random(0), vlm_world.TASKS[name][0]

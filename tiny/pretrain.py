@@ -58,7 +58,7 @@ HERE = Path(__file__).parent
 MAX_TOKENS = 24  # longest prompt of the world is 20 tokens with its start and end
 TEXT_WIDTH, WIDTH = 64, 128
 WRITING_FROM = 7500  # the flow model's step from which three images in ten show writing; few do before
-VLM_STEPS = 4000
+VLM_STEPS = 8000
 FORGET_STEPS = 1170  # of a last stage without writing; leaves about half of the letters readable
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants to be told
 

@@ -146,6 +146,28 @@ def keeps_meaning(sentence, content):
 
 
 # ---- answers ----
+def mentioned(sentence):
+    """The classes of a sentence in the order of their first mention."""
+    words = re.findall("[a-z]+", sentence)
+    return list(dict.fromkeys(SHAPES.get(w) or PLURALS[w] for w in words if w in SHAPES or w in PLURALS))
+
+
+def follows(answer, prompt):
+    """True when an answer names the objects in the prompt's order: which colour goes with which object is then
+    easy to keep, and what a small model gets wrong otherwise. A list of what is above what begins at the top.
+    """
+    relation = parse(prompt).relation
+    listed = ", " in answer and relation is not None and relation[1] in ("above", "below")
+    return listed or mentioned(answer) == mentioned(prompt)
+
+
+def following(prompt, draw):
+    """The first of draw(), draw(), ... whose wording, the last of what it returns, follows the prompt."""
+    while not follows((drawn := draw())[-1], prompt):
+        pass
+    return drawn
+
+
 def reword(content, rng):
     """The content in the world's first two words for everything, the third being held out of RL."""
     return world.say(content, lambda options: rng.choice(options[:2]), flip=rng.random() < 0.5)
@@ -224,7 +246,8 @@ def spoil(things, rng):
 # copy and to see far sooner.
 def sample_rewrite(rng, easy=0.0):
     content = any_content(rng)
-    prompt, answer = any_wording(content, rng), rewrite(content, rng)
+    prompt = any_wording(content, rng)
+    (answer,) = following(prompt, lambda: (rewrite(content, rng),))
     if rng.random() < 0.1 + easy:  # a prompt that may be detailed already stays as it is
         prompt = answer
     return None, REWRITE.format(prompt=prompt), f"<answer>{answer}</answer>", content
@@ -235,23 +258,20 @@ def sample_refine(rng, easy=0.0):
     question of five comes before there is a preview.
     """
     content, done = any_content(rng), rng.random()
+    prompt = any_wording(content, rng)
     if content["tag"] == "text":
         image, answer = world.draw_text(content["text"], rng), rewrite(content, rng)
     else:
-        things, answer = scene(content, rng)
+        things, answer = following(prompt, lambda: scene(content, rng))
         image = world.draw(spoil(things, rng))
-    prompt = any_wording(content, rng)
-    current = rng.choice((prompt, rewrite(content, rng)))
+    reworded, other = (following(prompt, lambda: (rewrite(content, rng),))[0] for _ in range(2))
+    current = rng.choice((prompt, reworded))
     question = REFINE.format(prompt=prompt, current=current, percent=round(10 * done) * 10)
     if rng.random() < 0.25:
-        answer = rewrite(content, rng)
+        answer = other
     image = preview(image, done, rng)
     if rng.random() < 0.2:
-        image, question, answer = (
-            None,
-            REFINE_BLIND.format(prompt=prompt, current=current),
-            rewrite(content, rng),
-        )
+        image, question, answer = None, REFINE_BLIND.format(prompt=prompt, current=current), other
     return image, question, f"<answer>{answer}</answer>", content
 
 
@@ -284,10 +304,10 @@ def sample_caption(rng, easy=0.0):
 
 
 TASKS = {  # name: (sampler, rows of a batch)
-    "rewrite": (sample_rewrite, 8),
+    "rewrite": (sample_rewrite, 14),
     "refine": (sample_refine, 4),
     "edit": (sample_edit, 2),
-    "caption": (sample_caption, 10),
+    "caption": (sample_caption, 6),
 }
 BATCH = sum(rows for _, rows in TASKS.values())
 
