@@ -5,7 +5,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+from rewards import load_prompts
 from rewards.geneval import TAGS, Detection, passes
 from tiny import pretrain, vlm_world, world
 from tiny.vlm_world import keeps_meaning, parse, rewrite
@@ -334,3 +336,18 @@ def test_inputs_with_and_without_images(tokenizer, side):
     counts = [len(row) for row in learnt]
     expected = sum(count * one for count, one in zip(counts, alone)) / sum(counts)
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=0)
+
+
+def test_the_shipped_model_keeps_the_meaning_in_many_words():
+    folder = world.PROMPTS.parent / "vlm"
+    tokenizer, processor = (kind.from_pretrained(folder) for kind in (AutoTokenizer, AutoImageProcessor))
+    vlm = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    prompts, metadata = load_prompts(world.PROMPTS / "eval.jsonl")
+    rows = range(0, len(prompts), len(prompts) // 12)
+    questions = [(None, vlm_world.REWRITE.format(prompt=prompts[row])) for row in rows for _ in range(8)]
+    torch.manual_seed(0)
+    sampled = pretrain.reply(vlm, tokenizer, processor, questions, do_sample=True, top_k=0)
+    answers = [pretrain.answer_of(text) for text in sampled]
+    kept = [keeps_meaning(text, metadata[rows[i // 8]]) for i, text in enumerate(answers)]
+    distinct = [len(set(answers[i : i + 8])) for i in range(0, len(answers), 8)]
+    assert np.mean(kept) > 0.9 and np.mean(distinct) > 4
