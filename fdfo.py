@@ -54,7 +54,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen weights and of the forward passes
     output_dir: str = "runs"  # where the run's folder is made
     resume: str = ""  # a run's folder to go on with, exactly; all other flags are then read from it
-    eval_every: int = 16  # iterations between evaluations
+    eval_every: int = 32  # iterations between evaluations
     save_every: int = 16  # iterations between checkpoints
     track: bool = False  # mirror the metrics to Weights & Biases
     wandb_project_name: str = "flow-rl"  # the W&B project
