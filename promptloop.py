@@ -220,8 +220,8 @@ def draw_schedules(groups, count, num_steps, seed, iteration, random):
 def sample(pipe, prompts, noise, schedules, write, options, max_sequence_length, cache):
     """Images (B, 3, H, W) by the pipeline's own call, image j's prompt rewritten before steps schedules[j].
 
-    noise: the first latents. write(rows, step, current, look) returns new prompts for rows, whose prompts are
-    current so far; look() shows their clean predictions, (b, 3, H, W), and is None before the first step.
+    noise: the first latents, of the model's dtype. write(rows, step, current, look) returns new prompts for
+    rows, whose prompts are current so far; look() shows their clean predictions, and is None before step 0.
     options: of the call. max_sequence_length, cache: as for `embed`.
     """
     prompts, x_t, scheduler = list(prompts), noise, pipe.scheduler
@@ -454,7 +454,7 @@ def train(args):
             record.append((rows, step, *made))
             return made[0]
 
-        asked = noise.to(device), schedules, write, options | {"num_inference_steps": steps}
+        asked = noise.to(device, dtype), schedules, write, options | {"num_inference_steps": steps}
         return sample(pipe, texts, *asked, args.max_sequence_length, cache), record
 
     def sample_eval(mode, films, texts, rows):

@@ -16,6 +16,7 @@ from benchmark import compare
 from benchmark.run import RESULTS, ROOT
 
 DOCS = ROOT / "docs"
+EVALUATE = "perf/seconds_evaluate"
 SETTINGS = {  # name of the runs -> (score that the setting is about, what it is)
     "flow_grpo": ("eval/geneval_strict", "`python flow_grpo.py`, the default: GenEval, window of 2 steps"),
     "flow_grpo_ocr": ("eval/ocr", "the same on written text"),
@@ -138,6 +139,19 @@ def comparison(runs):
     return lines
 
 
+def speeds(runs):
+    """Images a second of short runs that had the machine to themselves."""
+    names = [f"speed_{name}" for name in compare.ALGORITHMS if f"speed_{name}" in runs]
+    lines = ["## Speed", "", "Runs of a few iterations with the machine to themselves.", ""]
+    lines += ["| | images a second, median | seconds of an evaluation, median |", "|---|---|---|"]
+    for name in names:
+        evaluations = [s for run in runs[name] for row in run["metrics"] for s in [row.get(EVALUATE)] if s]
+        rate = np.median([row["perf/images_per_second"] for row in trained(runs[name])])
+        title = compare.ALGORITHMS[name.removeprefix("speed_")]
+        lines += [f"| {title} | {rate:.1f} | {np.median(evaluations):.1f} |"]
+    return [*lines, "", *[line for name in names for line in provenance(runs, name)]]
+
+
 def rewriting(runs):
     """PromptRL against its parts."""
     lines = ["## PromptRL and its parts", "", "Strict score, before and after; equal numbers of images.", ""]
@@ -158,7 +172,8 @@ def window(runs):
     lines = ["## A window of two steps against all steps", ""]
     ratio = f"{rates[0]:.1f} against {rates[1]:.1f}, {rates[0] / rates[1]:.2f} times"
     lines += [f"Images per second, medians of runs that had the machine to themselves: {ratio}.", ""]
-    return [*lines, *provenance(runs, "speed_"), "![window](window.png)", ""]
+    sources = [line for name in names for line in provenance(runs, name)]
+    return [*lines, *sources, "![window](window.png)", ""]
 
 
 def overhead():
@@ -185,6 +200,7 @@ def write(runs):
     lines += ["brackets are 95% bootstrap intervals over seeds.", ""]
     lines += comparison(runs)
     lines += rewriting(runs) if "promptrl_flow_only" in runs else []
+    lines += speeds(runs)
     lines += [line for name in SETTINGS if name in runs for line in setting(runs, name)]
     lines += window(runs) if "speed_all_steps" in runs else []
     lines += overhead() if (RESULTS / "overhead.json").exists() else []

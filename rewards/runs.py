@@ -59,7 +59,7 @@ def save_samples(path, prompts, values, pictures):
     for axes, row in zip(sheet.subplots(2, 8).flat, rows):
         axes.imshow(rearrange(pictures[row], "c h w -> h w c"), interpolation="nearest")
         title = [line for part in prompts[row].split("\n") for line in textwrap.wrap(part, 28)[:3]]
-        axes.set_title("\n".join([*title, f"{values[row]:.2f}"]), fontsize=9)
+        axes.set_title("\n".join([*title, f"{values[row]:.2f}"]), fontsize=9, parse_math=False)
     for axes in sheet.axes:
         axes.axis("off")
     sheet.tight_layout()
@@ -88,7 +88,7 @@ def save_films(run_dir, iteration, films, prompts, metadata, scores, pictures):
             if picture is not None:
                 axes.imshow(picture, interpolation="nearest")
             lines = [line for part in title.split("\n") for line in textwrap.wrap(part, 30)]
-            axes.set_title("\n".join(lines), fontsize=7)
+            axes.set_title("\n".join(lines), fontsize=7, parse_math=False)
             axes.axis("off")
     sheet.tight_layout()
     sheet.savefig(run_dir / "samples" / f"{iteration:06d}_films.png", dpi=80)
@@ -221,6 +221,8 @@ def check_args(args, families):
     steps = min(args.num_inference_steps, args.eval_num_inference_steps)
     if not 1 <= getattr(args, "num_refinements", 1) <= steps:
         raise BadInput(f"--num-refinements {args.num_refinements} must be 1 to {steps}, the steps")
+    if getattr(args, "max_new_tokens", 1) < 1:
+        raise BadInput("--max-new-tokens must be at least 1")
     try:
         config = DiffusionPipeline.load_config(args.model)
         family, scheduler = config["_class_name"], config["scheduler"][1]

@@ -153,8 +153,8 @@ def mentioned(sentence):
 
 
 def follows(answer, prompt):
-    """True when an answer names the objects in the prompt's order. Which colour goes with which object is easy
-    to keep then; otherwise a small model gets it wrong. A list of what is above what begins at the top.
+    """True when an answer names the objects in the prompt's order. Which colour goes with which object is
+    easy to keep then; otherwise a small model gets it wrong. A list of what is above what begins at the top.
     """
     relation = parse(prompt).relation
     listed = ", " in answer and relation is not None and relation[1] in ("above", "below")
