@@ -23,6 +23,7 @@ from safetensors import safe_open
 
 import fdfo
 import flow_grpo
+import promptloop
 import promptrl
 import rewards
 import superflow
@@ -375,7 +376,7 @@ def test_track_writes_an_offline_wandb_run(small, monkeypatch):
 
 def documented_commands():
     """(algorithm, flags) of every full command in the README, in docs/ and in the files' headers."""
-    files = {module.__name__: module for module in (fdfo, flow_grpo, promptrl, superflow)}
+    files = {module.__name__: module for module in (fdfo, flow_grpo, promptloop, promptrl, superflow)}
     pages = [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
     for text in (*pages, *(module.__doc__ for module in files.values())):
         for line in text.replace("\\\n", " ").splitlines():
