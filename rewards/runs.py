@@ -225,13 +225,13 @@ def check_args(args, families):
         raise BadInput("--max-new-tokens must be at least 1")
     try:
         config = DiffusionPipeline.load_config(args.model)
-        family, scheduler = config["_class_name"], config["scheduler"][1]
+        family = config["_class_name"]
     except Exception:  # the hub's and the file system's errors have no common base
         raise BadInput(f"--model {args.model} is no diffusers pipeline: it has no model_index.json") from None
     if family not in families:
         raise BadInput(f"--model {args.model} is a {family}; supported: {', '.join(families)}")
-    if not re.fullmatch("(FlowMatch)?EulerDiscreteScheduler", scheduler):
-        raise BadInput(f"--model {args.model} has a {scheduler}; steps must be Euler's")
+    if not re.fullmatch("(FlowMatch)?EulerDiscreteScheduler", config["scheduler"][1]):
+        raise BadInput(f"--model {args.model} has a {config['scheduler'][1]}; steps must be Euler's")
 
 
 @contextlib.contextmanager
