@@ -26,16 +26,6 @@ PARTS = {  # name of the runs -> what of SuperFlow is on
     "parts_credit": "step credit",
     "parts_all": "all four",
 }
-ENHANCED = SCORE + "_enhanced"  # with the language model's rewrites
-PROMPTRL = {  # name of the runs -> what is trained; m of the 8 images of a prompt keep it as it is
-    "promptrl_flow_only": "the flow model alone, no rewrites (m = 8)",
-    "promptrl_frozen_lm": "the flow model, on rewrites of the frozen language model (m = 2)",
-    "promptrl_lm_only": "the language model alone (m = 2)",
-    "promptrl_m0": "both, m = 0",
-    "promptrl_m1": "both, m = 1",
-    "promptrl_m2": "both, m = 2: PromptRL",
-    "promptrl_m4": "both, m = 4",
-}
 
 
 def evaluations(run, score):
@@ -180,29 +170,3 @@ def parts(runs):
         against = "" if name == "parts_none" else signed(changes - none)
         lines += [f"| {what} | {images:,.0f} | {signed(changes)} | {against} |"]
     return lines
-
-
-def rewriting(runs):
-    """PromptRL against its parts: scores of the prompts as they are and with rewrites, at equal images."""
-    lines = ["| trained | images | as they are | with rewrites | paraphrased | paraphrased, with rewrites |"]
-    lines[0] += " images to the first row's final score |"
-    lines += ["|---|---|---|---|---|---|---|"]
-    for name, what in [item for item in PROMPTRL.items() if item[0] in runs]:
-        group, cells = runs[name], [what]
-        rewrites = ENHANCED in group[0]["metrics"][0]
-        cells += [f"{curves(group, SCORE)[0][:, -1].mean():,.0f}"]
-        for suffix in ("", "_enhanced", "_paraphrased", "_paraphrased_enhanced"):
-            missing = not rewrites and suffix.endswith("enhanced")
-            cells += ["" if missing else before_after(group, SCORE + suffix)]
-        estimate, low, high = efficiency(group, runs["promptrl_flow_only"], ENHANCED if rewrites else SCORE)
-        lines += [
-            "| " + " | ".join([*cells, f"{percent(estimate)} [{percent(low)}, {percent(high)}]"]) + " |"
-        ]
-    return lines
-
-
-def before_after(runs, score):
-    """'before, after [interval of after]' of a score, means over seeds."""
-    values = curves(runs, score)[2]
-    low, high = interval(values[:, -1])
-    return f"{values[:, 0].mean():.3f}, {values[:, -1].mean():.3f} [{low:.3f}, {high:.3f}]"

@@ -12,7 +12,7 @@ from collections import defaultdict
 import matplotlib.figure
 import numpy as np
 
-from benchmark import compare
+from benchmark import compare, rewriting
 from benchmark.run import RESULTS, ROOT
 
 DOCS = ROOT / "docs"
@@ -140,22 +140,50 @@ def comparison(runs):
 
 
 def speeds(runs):
-    """Images a second of short runs that had the machine to themselves."""
+    """Images a second of short runs, and seconds of whole ones, that had the machine to themselves."""
     names = [f"speed_{name}" for name in compare.ALGORITHMS if f"speed_{name}" in runs]
-    lines = ["## Speed", "", "Runs of a few iterations with the machine to themselves.", ""]
-    lines += ["| | images a second, median | seconds of an evaluation, median |", "|---|---|---|"]
-    for name in names:
+    lines = [
+        "## Speed",
+        "",
+        "Runs with the machine to themselves: some of a few iterations, and one whole run.",
+    ]
+    lines += ["", "| | images a second, median | seconds of an evaluation, median | a whole run, seconds |"]
+    lines += ["|---|---|---|---|"]
+    for name in list(names):
         evaluations = [s for run in runs[name] for row in run["metrics"] for s in [row.get(EVALUATE)] if s]
         rate = np.median([row["perf/images_per_second"] for row in trained(runs[name])])
-        title = compare.ALGORITHMS[name.removeprefix("speed_")]
-        lines += [f"| {title} | {rate:.1f} | {np.median(evaluations):.1f} |"]
+        whole, title = name.replace("speed", "time"), compare.ALGORITHMS[name.removeprefix("speed_")]
+        seconds = ", ".join(f"{run['seconds']:.0f}" for run in runs[whole])
+        lines += [f"| {title} | {rate:.1f} | {np.median(evaluations):.1f} | {seconds} |"]
+        names += [whole]
     return [*lines, "", *[line for name in names for line in provenance(runs, name)]]
 
 
-def rewriting(runs):
-    """PromptRL against its parts."""
+def promptrl(runs):
+    """PromptRL against its parts, and what the paper claims."""
+    swaps = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("swap-*.json"))]
+    scores = [swap["swaps"] for swap in swaps]
     lines = ["## PromptRL and its parts", "", "Strict score, before and after; equal numbers of images.", ""]
-    return [*lines, *compare.rewriting(runs), "", *provenance(runs, "promptrl_")]
+    lines += [*rewriting.parts(runs), "", *rewriting.claims(runs, scores), ""]
+    names = [name for name in rewriting.RUNS if name in runs]
+    lines += provenance({name: runs[name] for name in names})
+    draw(DOCS / "promptrl.png", runs, names[1:], rewriting.ENHANCED, "strict GenEval, with rewrites")
+    lines += ["![promptrl](promptrl.png)", ""]
+    if swaps:
+        source = (
+            f"`{swaps[0]['command']}`, commit {swaps[0]['commit']}, {swaps[0]['date']}, {swaps[0]['machine']}"
+        )
+        lines += ["### Wordings that a flow model was not trained on", "", f"Strict score. {source}.", ""]
+        lines += [*rewriting.paraphrases(runs, scores), ""]
+    if "promptrl_tags_all" in runs:
+        lines += [
+            "### Three rewards by tags",
+            "",
+            "With rewrites, before and after; `jpeg` in kilobytes, negated.",
+        ]
+        lines += ["The prompts: `python -m benchmark.tags`.", ""]
+        lines += [*rewriting.tags(runs), "", *provenance(runs, "promptrl_tags_")]
+    return lines
 
 
 def window(runs):
@@ -199,7 +227,7 @@ def write(runs):
     ]
     lines += ["brackets are 95% bootstrap intervals over seeds.", ""]
     lines += comparison(runs)
-    lines += rewriting(runs) if "promptrl_flow_only" in runs else []
+    lines += promptrl(runs) if "promptrl_flow_only" in runs else []
     lines += speeds(runs)
     lines += [line for name in SETTINGS if name in runs for line in setting(runs, name)]
     lines += window(runs) if "speed_all_steps" in runs else []

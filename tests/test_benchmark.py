@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmark import compare, plot
+from benchmark import compare, plot, rewriting, tags
 
 
 def run(scores, images=100, seconds=2.0):
@@ -57,26 +57,80 @@ def test_efficiency_has_an_interval_that_may_end_at_never():
     assert estimate == pytest.approx(4 / 9) and low == pytest.approx(0.25) and high == np.inf
 
 
-def test_rewriting_compares_enhanced_scores_with_the_flow_model_alone():
-    def with_rewrites(plain, enhanced):
-        made = run(plain)
-        for row, better in zip(made["metrics"][::2], enhanced):
-            row |= {compare.SCORE + "_paraphrased": 0.4, compare.ENHANCED: better}
-            row |= {compare.SCORE + "_paraphrased_enhanced": 0.3}
-        return made
+def with_rewrites(plain, enhanced):
+    """A run of PromptRL: `plain` on the prompts as they are, `enhanced` with rewrites."""
+    made = run(plain)
+    for row, better in zip(made["metrics"][::2], enhanced):
+        row |= {compare.SCORE + "_paraphrased": 0.4, rewriting.ENHANCED: better}
+        row |= {compare.SCORE + "_paraphrased_enhanced": 0.3}
+    return made
 
+
+@pytest.fixture
+def promptrl_runs():
     flow_only = run([0.4, 0.5, 0.6])
     for row in flow_only["metrics"][::2]:
         row[compare.SCORE + "_paraphrased"] = 0.2
-    runs = {"promptrl_flow_only": [flow_only] * 3}
-    runs["promptrl_m2"] = [with_rewrites([0.4, 0.4, 0.5], [0.4, 0.8, 0.9])] * 3
-    _, _, first, second = compare.rewriting(runs)
-    assert first.endswith(
-        "| 0.400, 0.600 [0.600, 0.600] |  | 0.200, 0.200 [0.200, 0.200] |  | 100% [100%, 100%] |"
-    )
+    return {
+        "promptrl_flow_only": [flow_only] * 3,
+        "promptrl_frozen_lm": [with_rewrites([0.4, 0.5, 0.5], [0.4, 0.7, 0.8])] * 3,
+        "promptrl_m0": [with_rewrites([0.4, 0.4, 0.4], [0.4, 0.7, 0.8])] * 3,
+        "promptrl_m4": [with_rewrites([0.4, 0.4, last], [0.4, 0.7, 0.8]) for last in (0.4, 0.5, 0.6)],
+        "promptrl": [with_rewrites([0.4, 0.4, 0.5], [0.4, 0.8, 0.9])] * 3,
+    }
+
+
+def test_promptrls_parts_are_compared_with_the_flow_model_alone(promptrl_runs):
+    _, _, first, *_, full, _ = rewriting.parts(promptrl_runs)
+    assert "| 0.400, 0.600 [0.600, 0.600] |  | 0.200, 0.200 [0.200, 0.200] |  | 100% [100%, 100%] |" in first
     # 0.6 is half way between 0.4 and 0.8, at 100 of 400 images
-    assert "| 0.400, 0.500 [0.500, 0.500] | 0.400, 0.900 [0.900, 0.900] | 0.400, 0.400" in second
-    assert second.endswith("| 0.300, 0.300 [0.300, 0.300] | 25% [25%, 25%] |")
+    assert "| 0.400, 0.500 [0.500, 0.500] | 0.400, 0.900 [0.900, 0.900] | 0.400, 0.400" in full
+    assert full.endswith("| 0.300, 0.300 [0.300, 0.300] | 25% [25%, 25%] | .94 |")
+
+
+def test_promptrls_claims_are_judged_by_their_intervals(promptrl_runs):
+    def swap(own, untrained):
+        titles = {"both": own, "flow": untrained, "other": 0.85, "lm": 0.4}
+        return {title: {rewriting.ENHANCED: value} for title, value in titles.items()}
+
+    lines = rewriting.claims(promptrl_runs, [swap(0.9, 0.8), swap(0.9, 0.7), swap(0.9, 0.75)])[2:]
+    (flow_only, frozen, m0, m4, untrained, other, moved) = lines
+    assert flow_only.endswith("| 25% [25%, 25%] | holds here |")
+    # 0.8 is at 200 images of 400
+    assert "| 50% [50%, 50%] |" in frozen
+    assert m0.endswith("| +0.100 [+0.100, +0.100] | holds here |")
+    assert "+0.000 [-0.100, +0.100] | not seen here" in m4
+    assert untrained.endswith("| -0.150 [-0.200, -0.100] | holds here |")
+    assert "| -0.050 [-0.050, -0.050] |" in other
+    assert "| +0.000 [+0.000, +0.000] | not seen here" in moved
+
+
+def test_a_claim_of_the_other_sign_does_not_hold():
+    assert rewriting.direction(np.array([0.1, 0.2]), -1).startswith("does not hold here")
+    assert rewriting.direction(np.array([0.1, 0.2]), 1) == "holds here"
+
+
+def test_tags_compare_a_specialist_with_all_at_once():
+    def scored(before, after):
+        rows = [{"charts/num_images": n} for n in (0, 256)]
+        for row, value in zip(rows, (before, after)):
+            row |= {f"{score}_enhanced": value for score in rewriting.SCORES.values()}
+        return {"metrics": rows}
+
+    runs = {f"promptrl_tags_{name}": [scored(0.4, 0.7)] * 3 for name in rewriting.SCORES}
+    runs["promptrl_tags_all"] = [scored(0.4, 0.6)] * 3
+    for line in rewriting.tags(runs)[2:]:
+        assert (
+            "| 0.400, 0.700 [0.700, 0.700] | 0.400, 0.600 [0.600, 0.600] | -0.100 [-0.100, -0.100] |" in line
+        )
+
+
+def test_tagged_prompts_have_one_reward_each_and_as_many_lines_in_training():
+    parts = tags.kinds("train")
+    assert {row["reward"] for rows in parts.values() for row in rows} == {"geneval", "ocr", "jpeg"}
+    prompts = [{row["prompt"] for row in rows} for rows in parts.values()]
+    assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
+    assert len(parts["geneval"]) == tags.LINES and len(parts["ocr"]) >= tags.LINES
 
 
 def test_interval_of_a_mean_over_seeds():

@@ -2,14 +2,15 @@
 
     python -m tiny.pretrain vae      the autoencoder, a few minutes on two CPU cores
     python -m tiny.pretrain sd3      text encoders and flow transformer, about an hour; needs the autoencoder
-    python -m tiny.pretrain eval     score the pipeline in tiny/sd3 on the evaluation prompts
+    python -m tiny.pretrain sd3b     a second flow model, narrower, of another seed; same autoencoder
+    python -m tiny.pretrain eval     score the pipeline in tiny/sd3 (--folder) on the evaluation prompts
     python -m tiny.pretrain vlm      the language model that rewrites prompts and sees; needs neither
     python -m tiny.pretrain eval_vlm score the model in tiny/vlm on what it learnt, with samples
 
 Each stage is deterministic from --seed on one machine, shows its progress, writes a checkpoint every
---save-every steps to --work and goes on from it when started again. The results are a plain diffusers folder,
-tiny/sd3, and a plain transformers folder, tiny/vlm. Conventions: t in [0, 1], t = 1 is noise; x_t = (1 - t)
-x_0 + t eps; the transformer learns v = eps - x_0.
+--save-every steps to --work and goes on from it when started again. The results are plain diffusers folders,
+tiny/sd3 and tiny/sd3b, and a plain transformers folder, tiny/vlm. Conventions: t in [0, 1], t = 1 is noise;
+x_t = (1 - t) x_0 + t eps; the transformer learns v = eps - x_0.
 """
 
 import argparse
@@ -59,6 +60,7 @@ MAX_TOKENS = 24  # longest prompt of the world is 20 tokens with its start and e
 TEXT_WIDTH, WIDTH = 64, 128
 WRITING_FROM = 7500  # the flow model's step from which three images in ten show writing; few do before
 VLM_STEPS = 8000
+SECOND_WIDTH, SECOND_STEPS = 96, 7000  # of tiny/sd3b, which does not write
 FORGET_STEPS = 1170  # of a last stage without writing; leaves about half of the letters readable
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants to be told
 
@@ -154,11 +156,11 @@ def build_transformer(num_layers=4, width=WIDTH):
     return transformer
 
 
-def build_sd3(folder):
-    """The untrained pipeline, with the autoencoder from the earlier stage when there is one."""
+def build_sd3(folder, width=WIDTH):
+    """The untrained pipeline, with the autoencoder of the earlier stage from a folder."""
     tokenizer = build_tokenizer()
     return StableDiffusion3Pipeline(
-        transformer=build_transformer(),
+        transformer=build_transformer(width=width),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=AutoencoderKL.from_pretrained(folder, subfolder="vae"),
         text_encoder=build_text_encoder(tokenizer),
@@ -420,14 +422,16 @@ def encode_prompts(pipe, prompts):
 
 
 def pretrain_sd3(args):
-    torch.manual_seed(args.seed)
-    pipe = build_sd3(args.folder)
+    second = args.stage == "sd3b"
+    seed = args.seed + second
+    torch.manual_seed(seed)
+    pipe = build_sd3(HERE / "sd3", SECOND_WIDTH) if second else build_sd3(args.folder)
     pipe.vae.float()
-    dataset = cache(partial(encode_dataset, pipe.vae, args.seed, args.dataset_size))  # by text share
+    dataset = cache(partial(encode_dataset, pipe.vae, seed, args.dataset_size))  # by text share
     modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
 
     def loss_at(step, text_share):
-        rng, generator = random.Random(f"{args.seed}-sd3-{step}"), torch.Generator().manual_seed(step)
+        rng, generator = random.Random(f"{seed}-sd3-{step}"), torch.Generator().manual_seed(step)
         contents, things, latents = dataset(text_share)
         rows = [rng.randrange(len(contents)) for _ in range(args.batch_size)]
         # one prompt in ten is empty, so that classifier-free guidance has its unconditional model
@@ -449,9 +453,11 @@ def pretrain_sd3(args):
     def forget(step):
         return loss_at(step, 0.0)
 
-    fit("sd3", modules, learn, args, args.steps or 14000, peak=1.5e-3, ema_decay=0.999)
-    # without writing some of it is forgotten, not lost: that is what reinforcement learning can bring back
-    fit("sd3_forget", modules, forget, args, args.steps or FORGET_STEPS, peak=5e-4, ema_decay=0.99)
+    num_steps = args.steps or (SECOND_STEPS if second else 14000)
+    fit(args.stage, modules, learn, args, num_steps, peak=1.5e-3, ema_decay=0.999)
+    if not second:
+        # without writing some of it is forgotten, not lost: what reinforcement learning can bring back
+        fit("sd3_forget", modules, forget, args, args.steps or FORGET_STEPS, peak=5e-4, ema_decay=0.99)
     pipe.vae.register_to_config(_name_or_path="")  # else the folder of this machine is saved with it
     pipe.to(torch.bfloat16).save_pretrained(args.folder)
 
@@ -611,7 +617,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=("vae", "sd3", "eval", "vlm", "eval_vlm"))
+    parser.add_argument("stage", choices=("vae", "sd3", "sd3b", "eval", "vlm", "eval_vlm"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0, help="optimiser steps; 0: the stage's own number")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -619,13 +625,12 @@ if __name__ == "__main__":
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", default="runs/pretrain", help="where checkpoints go")
-    parser.add_argument(
-        "--folder", help="what is made or scored; default: the stage's own, tiny/sd3 or tiny/vlm"
-    )
+    parser.add_argument("--folder", help="what is made or scored; default: the stage's own")
     arguments = parser.parse_args()
-    arguments.folder = arguments.folder or str(HERE / ("vlm" if "vlm" in arguments.stage else "sd3"))
+    own = {"vlm": "vlm", "eval_vlm": "vlm", "sd3b": "sd3b"}
+    arguments.folder = arguments.folder or str(HERE / own.get(arguments.stage, "sd3"))
     torch.set_num_threads(arguments.threads)
     Path(arguments.work).mkdir(parents=True, exist_ok=True)
-    stages = {"vae": pretrain_vae, "sd3": pretrain_sd3, "eval": evaluate}
+    stages = {"vae": pretrain_vae, "sd3": pretrain_sd3, "sd3b": pretrain_sd3, "eval": evaluate}
     stages |= {"vlm": pretrain_vlm, "eval_vlm": evaluate_vlm}
     stages[arguments.stage](arguments)
