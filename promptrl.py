@@ -52,7 +52,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen weights and of the forward passes
     output_dir: str = "runs"  # where the run's folder is made
     resume: str = ""  # a run's folder to go on with, exactly; all other flags are then read from it
-    eval_every: int = 16  # iterations between evaluations
+    eval_every: int = 8  # iterations between evaluations
     save_every: int = 16  # iterations between checkpoints
     track: bool = False  # mirror the metrics to Weights & Biases
     wandb_project_name: str = "flow-rl"  # the W&B project
@@ -89,9 +89,9 @@ class Args:
     kl_coef: float = 0.0  # beta, weight of the KL to the base model; a forward pass per trained step
     lm_kl_coef: float = 0.01  # weight of the language model's KL to itself before training
     # optimisation
-    num_iterations: int = 96  # rollouts
+    num_iterations: int = 32  # rollouts
     learning_rate: float = 3e-4  # AdamW's, annealed linearly to zero over the run
-    lm_learning_rate: float = 1e-4  # the language model's
+    lm_learning_rate: float = 1e-3  # the language model's
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
 

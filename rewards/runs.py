@@ -55,11 +55,17 @@ def summarise(scores, metadata, suffix):
 def save_samples(path, prompts, values, pictures):
     """16 images spread over the file. values {row: reward}, pictures {row: (3, H, W)}."""
     rows = sorted(pictures)[:: max(len(pictures) // 16, 1)][:16]
-    sheet = matplotlib.figure.Figure(figsize=(16, 5))
-    for axes, row in zip(sheet.subplots(2, 8).flat, rows):
+    titles = [
+        [
+            *(line for part in prompts[row].split("\n") for line in textwrap.wrap(part, 28)[:3]),
+            f"{values[row]:.2f}",
+        ]
+        for row in rows
+    ]
+    sheet = matplotlib.figure.Figure(figsize=(16, 4.2 + 0.35 * max(map(len, titles))))
+    for axes, row, title in zip(sheet.subplots(2, 8).flat, rows, titles):
         axes.imshow(rearrange(pictures[row], "c h w -> h w c"), interpolation="nearest")
-        title = [line for part in prompts[row].split("\n") for line in textwrap.wrap(part, 28)[:3]]
-        axes.set_title("\n".join([*title, f"{values[row]:.2f}"]), fontsize=9, parse_math=False)
+        axes.set_title("\n".join(title), fontsize=9, parse_math=False)
     for axes in sheet.axes:
         axes.axis("off")
     sheet.tight_layout()
