@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmark import compare, plot, rewriting, tags
+from benchmark import compare, loop, plot, rewriting, swap, tags
 
 
 def run(scores, images=100, seconds=2.0):
@@ -131,6 +131,50 @@ def test_tagged_prompts_have_one_reward_each_and_as_many_lines_in_training():
     prompts = [{row["prompt"] for row in rows} for rows in parts.values()]
     assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
     assert len(parts["geneval"]) == tags.LINES and len(parts["ocr"]) >= tags.LINES
+
+
+def test_a_swap_puts_the_trained_transformer_into_a_whole_pipeline(monkeypatch, tmp_path):
+    run_dir, seen = tmp_path / "run", {}
+    (run_dir / "transformer").mkdir(parents=True)
+    (run_dir / "transformer" / "config.json").write_text("trained")
+    (run_dir / "metrics.jsonl").write_text(
+        '{"iteration": 0, "eval/geneval_strict": 0.5, "eval/reward": 1.0}\n'
+    )
+
+    def train(args):
+        model = swap.Path(args.model)
+        seen[args.lm] = (model / "transformer" / "config.json").read_text(), (model / "vae").is_dir()
+        assert args.num_iterations == 0
+        return run_dir
+
+    monkeypatch.setattr(swap.promptrl, "train", train)
+    assert swap.evaluate(run_dir, run_dir) == swap.evaluate(None, None) == {"eval/geneval_strict": 0.5}
+    assert seen[str(run_dir / "lm")] == ("trained", True)
+    assert seen["tiny/vlm"][0] != "trained" and seen["tiny/vlm"][1]
+
+
+def test_a_loops_seconds_are_kept_apart_from_those_without_previews(monkeypatch, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0, "eval/geneval_strict_loop": 0.5}\n')
+    clock = iter(range(100))
+
+    def sample(pipe, texts, noise, schedules, write, *rest):
+        for step in schedules[0]:
+            write([0], step, texts, (lambda: None) if step else None)
+
+    def train(args):
+        assert (args.evaluate, args.num_refinements, args.num_iterations) == ("X", 2, 0)
+        for schedule, looks in (((), False), ((0, 4), True), ((0, 4), False), ((0,), False)):
+            schedules = [list(schedule)]
+            write = lambda rows, step, current, look, looks=looks: look() if look and looks else None  # noqa: E731
+            loop.promptloop.sample(None, ["a circle"], None, schedules, write)
+        return tmp_path
+
+    monkeypatch.setattr(loop.promptloop, "sample", sample)
+    monkeypatch.setattr(loop.promptloop, "train", train)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
+    scores, seconds = loop.evaluate("X", {"num_refinements": 2})
+    assert scores == {"eval/geneval_strict_loop": 0.5} and seconds == {"plain": 1, "loop": 1, "blind": 1}
+    assert loop.promptloop.sample is sample
 
 
 def test_interval_of_a_mean_over_seeds():
