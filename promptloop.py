@@ -5,8 +5,8 @@ Official code: none. Derived from: promptrl.py.
 
 One iteration; the image model is a black box, only the policy is trained:
  1. draw P prompts, K images of each, and the steps where prompts are refined    draw_schedules
- 2. run the diffusers pipeline as it is; before such a step its callback takes
-    the clean image from consecutive latents, at no extra model call             sample, clean_prediction
+ 2. run the diffusers pipeline as it is; before such a step its callback shows
+    the clean image that the last step headed for, at no extra model call        sample, clean_prediction
  3. the policy sees it, the prompt in use and the original, and writes a prompt  refine
  4. score the final image against the original prompt                            rewards/
  5. advantage = z-score over the group, one for all refinements of an image      group_advantages
@@ -25,7 +25,7 @@ import contextlib
 import copy
 import dataclasses
 import re
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Literal
 
@@ -97,6 +97,8 @@ def load_pipeline(args, device, dtype):
     sd3 = DiffusionPipeline.load_config(args.model)["_class_name"].startswith("StableDiffusion3")
     no_t5 = {"text_encoder_3": None, "tokenizer_3": None} if sd3 and not args.max_sequence_length else {}
     pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype, **no_t5).to(device)
+    if pipe.scheduler.config.get("prediction_type", "epsilon") != "epsilon":
+        raise BadInput(f"--model {args.model} predicts neither noise nor velocity of a flow")
     if args.flow_lora:
         hub.from_hub(pipe.load_lora_weights, args.flow_lora)
     for part in pipe.components.values():
@@ -175,12 +177,9 @@ def to_images(pipe, latents, size):
 # === flow ===
 
 
-def clean_prediction(x_t, x_next, t, t_next):
-    """x_0 = x_t - t v, what an Euler step from t to t_next heads for; v, guidance included, from its ends.
-
-    The same in SDXL's scale, where t is the noise's sigma and v the derivative.
-    """
-    return x_t - t * (x_next - x_t) / (t_next - t)
+def clean_prediction(x_t, velocity, t):
+    """x_0 = x_t - t v, what an Euler step heads for. In SDXL's scale t is the noise's sigma, v the noise."""
+    return x_t - t * velocity
 
 
 # === rollout ===
@@ -224,32 +223,34 @@ def sample(pipe, prompts, noise, schedules, write, options, max_sequence_length,
     rows, whose prompts are current so far; look() shows their clean predictions, and is None before step 0.
     options: of the call. max_sequence_length, cache: as for `embed`.
     """
-    prompts, x_t, scheduler = list(prompts), noise, pipe.scheduler
+    prompts, clean, scheduler, scheduler_step = list(prompts), None, pipe.scheduler, pipe.scheduler.step
 
-    def replace(step, clean):
-        rows = [j for j in range(len(prompts)) if step in schedules[j]]
-        look = clean and (lambda: to_images(pipe, clean()[rows], options["height"]))
-        for j, text in zip(rows, write(rows, step, [prompts[j] for j in rows], look) if rows else ()):
-            prompts[j] = text
-        return rows
+    @wraps(scheduler_step)  # the pipeline looks at its signature
+    def step_and_note(velocity, t, x_t, *rest, **keywords):
+        nonlocal clean  # from the velocity itself, guidance included: latents of bfloat16 are too coarse
+        after = scheduler_step(velocity, t, x_t, *rest, **keywords)
+        clean = clean_prediction(x_t.float(), velocity.float(), scheduler.sigmas[scheduler.step_index - 1])
+        return after
 
-    def after_step(pipe, i, _, tensors):
-        nonlocal x_t
-        scale = getattr(scheduler, "init_noise_sigma", 1.0) if i == 0 else 1.0  # SDXL scales the noise itself
-        before, x_t, times = scale * x_t, tensors["latents"], scheduler.sigmas[i : i + 2]
-        if replace(i + 1, lambda: clean_prediction(before.float(), x_t.float(), *times)):
+    def refine_rows(pipe, i, _, tensors):  # the callback after step i
+        if rows := [j for j in range(len(prompts)) if i + 1 in schedules[j]]:
+            look = (lambda: to_images(pipe, clean[rows], options["height"])) if i >= 0 else None
+            for j, text in zip(rows, write(rows, i + 1, [prompts[j] for j in rows], look)):
+                prompts[j] = text
             new = embed(pipe, prompts, max_sequence_length, cache)
             new["add_text_embeds"] = new["pooled_prompt_embeds"]  # SDXL's name for it
             for name in tensors.keys() & new.keys():  # with guidance the negative ones come first, and stay
                 tensors[name] = torch.cat([tensors[name][: -len(prompts)], new[name]])
         return tensors
 
-    replace(0, None)
+    refine_rows(pipe, -1, None, {})
     # FLUX lets a callback replace prompt_embeds alone: its pooled embedding stays the first prompt's
-    names = {"latents", "prompt_embeds", "pooled_prompt_embeds", "add_text_embeds"}
+    names = {"prompt_embeds", "pooled_prompt_embeds", "add_text_embeds"}
     callback = {"callback_on_step_end_tensor_inputs": [*names.intersection(pipe._callback_tensor_inputs)]}
-    callback |= {"callback_on_step_end": after_step, "output_type": "latent", "latents": noise}
+    callback |= {"callback_on_step_end": refine_rows, "output_type": "latent", "latents": noise}
+    scheduler.step = step_and_note
     latents = pipe(**embed(pipe, prompts, max_sequence_length, cache), **callback, **options).images
+    del scheduler.step  # the class's own again
     return to_images(pipe, latents, options["height"])
 
 
