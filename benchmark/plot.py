@@ -12,7 +12,7 @@ from collections import defaultdict
 import matplotlib.figure
 import numpy as np
 
-from benchmark import compare, rewriting
+from benchmark import compare, looping, rewriting
 from benchmark.run import RESULTS, ROOT
 
 DOCS = ROOT / "docs"
@@ -170,9 +170,8 @@ def promptrl(runs):
     draw(DOCS / "promptrl.png", runs, names[1:], rewriting.ENHANCED, "strict GenEval, with rewrites")
     lines += ["![promptrl](promptrl.png)", ""]
     if swaps:
-        source = (
-            f"`{swaps[0]['command']}`, commit {swaps[0]['commit']}, {swaps[0]['date']}, {swaps[0]['machine']}"
-        )
+        one = swaps[0]
+        source = f"`{one['command']}`, commit {one['commit']}, {one['date']}, {one['machine']}"
         lines += ["### Wordings that a flow model was not trained on", "", f"Strict score. {source}.", ""]
         lines += [*rewriting.paraphrases(runs, scores), ""]
     if "promptrl_tags_all" in runs:
@@ -183,6 +182,22 @@ def promptrl(runs):
         ]
         lines += ["The prompts: `python -m benchmark.tags`.", ""]
         lines += [*rewriting.tags(runs), "", *provenance(runs, "promptrl_tags_")]
+    return lines
+
+
+def promptloop(runs):
+    """PromptLoop against its parts, and its policy's other uses."""
+    lines = ["## PromptLoop and its parts", "", "Strict score; the policy's prompts are greedy.", ""]
+    names = [name for name in looping.RUNS if name in runs]
+    lines += [*looping.parts(runs), "", *provenance({name: runs[name] for name in names})]
+    draw(DOCS / "promptloop.png", runs, names, looping.LOOP, "strict GenEval, in the loop")
+    lines += ["![promptloop](promptloop.png)", ""]
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("loop-*.json"))]
+    if records:
+        one = records[0]
+        source = f"`{one['command']}`, commit {one['commit']}, {one['date']}, {one['machine']}"
+        lines += ["### The same policies elsewhere", "", f"{source}.", ""]
+        lines += [*looping.uses(runs, [record["uses"] for record in records]), ""]
     return lines
 
 
@@ -228,6 +243,7 @@ def write(runs):
     lines += ["brackets are 95% bootstrap intervals over seeds.", ""]
     lines += comparison(runs)
     lines += promptrl(runs) if "promptrl_flow_only" in runs else []
+    lines += promptloop(runs) if "promptloop" in runs else []
     lines += speeds(runs)
     lines += [line for name in SETTINGS if name in runs for line in setting(runs, name)]
     lines += window(runs) if "speed_all_steps" in runs else []

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmark import compare, loop, plot, rewriting, swap, tags
+from benchmark import compare, loop, looping, plot, rewriting, swap, tags
 
 
 def run(scores, images=100, seconds=2.0):
@@ -175,6 +175,46 @@ def test_a_loops_seconds_are_kept_apart_from_those_without_previews(monkeypatch,
     scores, seconds = loop.evaluate("X", {"num_refinements": 2})
     assert scores == {"eval/geneval_strict_loop": 0.5} and seconds == {"plain": 1, "loop": 1, "blind": 1}
     assert loop.promptloop.sample is sample
+
+
+@pytest.fixture
+def promptloop_runs():
+    def made(after):
+        rows = [{"charts/num_images": n} for n in (0, 512)]
+        for row, value in zip(rows, (0.3, after)):
+            row |= {looping.LOOP: value, looping.APRIORI: value - 0.1}
+        rows[0][compare.SCORE] = 0.4
+        return {"metrics": rows}
+
+    ends = {"promptloop_once": 0.5, "promptloop_none": 0.5, "promptloop_shuffled": 0.7, "promptloop": 0.6}
+    return {name: [made(end)] * 3 for name, end in ends.items()}
+
+
+def test_promptloops_parts_are_judged_by_the_difference_of_their_runs(promptloop_runs):
+    lines = looping.parts(promptloop_runs)
+    assert lines[2] == "| the image model alone |  | 0.400 |  | .082 |"
+    assert lines[3] == "| 5 refinements by the untrained policy |  | 0.300 | 0.200 | -.232 |"
+    assert "| 512 | 0.600 [0.600, 0.600] | 0.500 [0.500, 0.500] | .632 |" in lines[7]
+    helps, content, several = lines[-3:]
+    assert helps.endswith("| +0.141 | +0.100 [+0.100, +0.100] | holds here |")
+    assert "| -0.100 [-0.100, -0.100] | does not hold here" in content
+    assert "| +0.000 [+0.000, +0.000] | not seen here" in several
+
+
+def test_a_policys_other_uses_are_measured_by_what_they_keep_of_its_gain(promptloop_runs):
+    def use(before, after, factor=1.0):
+        scores = {compare.SCORE: before, looping.LOOP: after, looping.APRIORI: before}
+        return {"scores": scores, "seconds": {"plain": 2.0, "loop": 2.0 * factor}}
+
+    titles = {f"refinements_{n}": use(0.4, 0.5, 1 + n / 10) for n in (1, 2, 3, 5)}
+    titles |= {"second_model": use(0.2, 0.3), "flow_grpo": use(0.5, 0.6)}
+    record = {f"{title}_{who}": value for title, value in titles.items() for who in ("trained", "untrained")}
+    lines = looping.uses(promptloop_runs, [record] * 3)
+    assert lines[2].startswith("| 1 | 0.500") and lines[2].endswith("| 1.10 [1.10, 1.10] | 1.05 |")
+    # in training the gain was 0.6 - 0.4: half of it is kept
+    assert "| 0.400, 0.600 [0.600, 0.600] | +0.200" in lines[-3]
+    assert "| 0.200, 0.300 [0.300, 0.300] | +0.100 [+0.100, +0.100] | 50% [50%, 50%] |" in lines[-2]
+    assert lines[-1].endswith("| 50% [50%, 50%] | 69 to 80% |")
 
 
 def test_interval_of_a_mean_over_seeds():

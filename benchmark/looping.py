@@ -1,0 +1,77 @@
+"""Compares PromptLoop with its parts, from benchmark/results/*.json; `python -m benchmark.plot` writes it.
+
+`uses` are the evaluations of benchmark/loop.py, {title: {"scores", "seconds"}} a seed.
+"""
+
+import numpy as np
+
+from benchmark.compare import SCORE, curves, interval, signed
+from benchmark.rewriting import direction, last, level, table
+
+LOOP, APRIORI = SCORE + "_loop", SCORE + "_apriori"
+FULL = "promptloop"
+RUNS = {  # name of the runs -> (what the policy does, the paper's ImageReward with Stable Diffusion 1.5)
+    "promptloop_once": ("1 refinement, before the first step", ".434"),
+    "promptloop_none": ("5 refinements without previews", ".491"),
+    "promptloop_shuffled": ("5 refinements, each with the preview of another prompt's image", ""),
+    FULL: ("5 refinements with previews: PromptLoop", ".632"),
+}
+CLAIMS = (  # what is claimed, of which runs' scores it is the difference, the paper's
+    ("previews help", FULL, "promptloop_none", "+0.141"),
+    ("... because of what is in them", FULL, "promptloop_shuffled", ""),
+    ("several refinements without previews help", "promptloop_none", "promptloop_once", "+0.057"),
+)
+OVERHEAD = {1: 1.05, 3: 1.13, 5: 1.23}  # the paper's: number of refinements -> time over that of none
+
+
+def parts(runs):
+    """The image model alone, with the untrained policy and with trained ones, and what the paper claims."""
+    first = runs[FULL][0]["metrics"][0]
+    rows = [["the image model alone", "", f"{first[SCORE]:.3f}", "", ".082"]]
+    rows += [
+        ["5 refinements by the untrained policy", "", f"{first[LOOP]:.3f}", f"{first[APRIORI]:.3f}", "-.232"]
+    ]
+    for name, (what, paper) in [item for item in RUNS.items() if item[0] in runs]:
+        group = runs[name]
+        images = f"{curves(group, LOOP)[0][:, -1].mean():,.0f}"
+        rows += [[what, images, *(level(last(group, score)) for score in (LOOP, APRIORI)), paper]]
+    head = ["", "images", "in the loop", "all prompts written beforehand", "the paper (ImageReward)"]
+    lines = [*table(head, rows), ""]
+    rows = []
+    for what, name, other, paper in CLAIMS:
+        if name in runs and other in runs:
+            change = last(runs[name], LOOP) - last(runs[other], LOOP)
+            rows += [[what, paper, signed(change), direction(change, 1)]]
+    return lines + table(["claim", "the paper (ImageReward)", "here", "verdict"], rows)
+
+
+def uses(runs, uses):
+    """One policy with other numbers of refinements, and with image models that it never saw."""
+
+    def scores(title, who, score):
+        return np.array([use[f"{title}_{who}"]["scores"][score] for use in uses])
+
+    rows = []
+    for count, paper in ((1, OVERHEAD[1]), (2, ""), (3, OVERHEAD[3]), (5, OVERHEAD[5])):
+        title = f"refinements_{count}"
+        times = [use[f"{title}_trained"]["seconds"] for use in uses]
+        ratio = np.array([seconds["loop"] / seconds["plain"] for seconds in times])
+        rows += [[str(count), level(scores(title, "untrained", LOOP)), level(scores(title, "trained", LOOP))]]
+        rows[-1] += [level(scores(title, "trained", APRIORI)), level(ratio, 2), str(paper)]
+    head = ["refinements", "untrained policy", "trained", "written beforehand"]
+    lines = [*table([*head, "time over that of none", "the paper's"], rows), ""]
+
+    base, trained = runs[FULL][0]["metrics"][0][SCORE], last(runs[FULL], LOOP)
+    gain = trained - base
+    rows = [["tiny/sd3, in training", f"{base:.3f}, {level(trained)}", signed(gain), "", ""]]
+    for title, what, paper in (
+        ("second_model", "tiny/sd3b, never seen", ""),
+        ("flow_grpo", "tiny/sd3 with a Flow-GRPO LoRA", "69 to 80%"),
+    ):
+        base, loop = scores(title, "trained", SCORE), scores(title, "trained", LOOP)
+        kept = (loop - base) / gain
+        low, high = interval(kept)
+        cells = [f"{base.mean():.3f}, {level(loop)}", signed(loop - base)]
+        rows += [[what, *cells, f"{kept.mean():.0%} [{low:.0%}, {high:.0%}]", paper]]
+    head = ["image model", "alone, with the policy", "gain", "of the gain in training", "the paper's"]
+    return lines + table(head, rows)
