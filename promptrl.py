@@ -52,7 +52,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen weights and of the forward passes
     output_dir: str = "runs"  # where the run's folder is made
     resume: str = ""  # a run's folder to go on with, exactly; all other flags are then read from it
-    eval_every: int = 8  # iterations between evaluations
+    eval_every: int = 5  # iterations between evaluations
     save_every: int = 16  # iterations between checkpoints
     track: bool = False  # mirror the metrics to Weights & Biases
     wandb_project_name: str = "flow-rl"  # the W&B project
@@ -80,7 +80,7 @@ class Args:
     guidance_scale: float = 1.0  # classifier-free, in sampling, loss and evaluation; 1: none, half the cost
     noise_level: float = 0.7  # a, strength of the SDE's noise
     sde_type: Literal["flow", "cps"] = "flow"  # the paper's SDE, or CPS (2509.05952)
-    sde_window: int = 2  # W, steps with noise and training, in the noisy half; 0: all but the last
+    sde_window: int = 4  # W, steps with noise and training, in the noisy half; 0: all but the last
     micro_batch_size: int = 64  # images per forward pass: memory and speed, not the result
     # algorithm
     trained: Literal["both", "flow", "lm"] = "both"  # the other is frozen; "flow" still samples rewrites
@@ -89,8 +89,8 @@ class Args:
     kl_coef: float = 0.0  # beta, weight of the KL to the base model; a forward pass per trained step
     lm_kl_coef: float = 0.01  # weight of the language model's KL to itself before training
     # optimisation
-    num_iterations: int = 32  # rollouts
-    learning_rate: float = 3e-4  # AdamW's, annealed linearly to zero over the run
+    num_iterations: int = 20  # rollouts
+    learning_rate: float = 6e-4  # AdamW's, annealed linearly to zero over the run
     lm_learning_rate: float = 1e-3  # the language model's
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
