@@ -174,6 +174,13 @@ def promptrl(runs):
         source = f"`{one['command']}`, commit {one['commit']}, {one['date']}, {one['machine']}"
         lines += ["### Wordings that a flow model was not trained on", "", f"Strict score. {source}.", ""]
         lines += [*rewriting.paraphrases(runs, scores), ""]
+    lines += ["### Runs that PromptRL's settings were chosen from", ""]
+    lines += [
+        "Final strict scores, and the mean entropy of the rewriter's tokens.",
+        "",
+        *rewriting.trials(runs),
+        "",
+    ]
     if "promptrl_tags_all" in runs:
         lines += [
             "### Three rewards by tags",

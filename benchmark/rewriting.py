@@ -23,6 +23,7 @@ RETENTION = {
     "promptrl_m1": 0.18,
     "promptrl_m4": 0.02,
 }  # by which the paper's m = 2 is above
+TRIALS = ("promptrl_lr_", "promptrl_flow_w", "promptrl_window2")  # beginnings of names
 SCORES = {  # of a reward by tags -> its metric
     "geneval": SCORE,
     "ocr": "eval/ocr",
@@ -136,6 +137,33 @@ def paraphrases(runs, swaps):
         rows += [[what, *map(level, values), paper]]
     head = ["", "as they are", "held-out synonyms", "the untrained model's rewrites"]
     return table([*head, "the paper, as they are and rewritten by an untrained model"], rows)
+
+
+def trials(runs):
+    """Runs that settings were chosen from: flags, seeds, images, final scores, the rewriter's entropy."""
+    rows = []
+    for name in sorted(name for name in runs if name.startswith(TRIALS)):
+        group = runs[name]
+        flags = group[0]["command"].removeprefix("python promptrl.py ").rsplit(" --seed ", 1)[0]
+        cells = [f"`{flags}`", group[0]["commit"], ", ".join(str(run["seed"]) for run in group)]
+        cells += [f"{curves(group, SCORE)[0][:, -1].mean():,.0f}", each(last(group, SCORE))]
+        rewrites = ENHANCED in group[0]["metrics"][0]
+        cells += [each(last(group, ENHANCED)) if rewrites else ""]
+        entropies = [run["metrics"][-1]["losses/lm_entropy"] for run in group]
+        rows += [[*cells, each(entropies) if rewrites else ""]]
+    head = [
+        "flags, on top of that commit's defaults",
+        "commit",
+        "seeds",
+        "images",
+        "as they are",
+        "with rewrites",
+    ]
+    return table([*head, "last entropy"], rows)
+
+
+def each(values):
+    return ", ".join(f"{value:.3f}" for value in values)
 
 
 def tags(runs):

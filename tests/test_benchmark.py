@@ -110,6 +110,17 @@ def test_a_claim_of_the_other_sign_does_not_hold():
     assert rewriting.direction(np.array([0.1, 0.2]), 1) == "holds here"
 
 
+def test_trials_are_listed_with_their_flags():
+    trial = with_rewrites([0.4, 0.5], [0.4, 0.7]) | {"commit": "abc", "seed": 4}
+    trial["command"] = "python promptrl.py --num-iterations 16 --seed 4"
+    trial["metrics"][-1]["losses/lm_entropy"] = 0.25
+    flow_only = run([0.4, 0.6]) | {"commit": "abc", "seed": 5, "command": "python promptrl.py --seed 5"}
+    flow_only["metrics"][-1]["losses/lm_entropy"] = 0.0
+    lines = rewriting.trials({"promptrl_lr_1": [trial], "promptrl_flow_w4": [flow_only], "promptrl": [trial]})
+    assert lines[3:] == ["| `--num-iterations 16` | abc | 4 | 200 | 0.500 | 0.700 | 0.250 |"]
+    assert lines[2].endswith("| abc | 5 | 200 | 0.600 |  |  |")
+
+
 def test_tags_compare_a_specialist_with_all_at_once():
     def scored(before, after):
         rows = [{"charts/num_images": n} for n in (0, 256)]
