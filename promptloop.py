@@ -70,7 +70,7 @@ class Args:
     eval_prompts: str = ""  # held-out prompts; empty: the --prompts file with `train` replaced by `eval`
     rewards: str = "geneval"  # names with optional weights, such as geneval:1,jpeg:0.2
     # sampling
-    num_prompts_per_iteration: int = 16  # P, over all processes
+    num_prompts_per_iteration: int = 8  # P, over all processes
     num_images_per_prompt: int = 8  # K, the size of a group
     num_refinements: int = 5  # N_R, how often the prompt of an image is written anew
     feedback: Literal["preview", "none", "shuffled"] = "preview"  # shuffled: another prompt's, a control
@@ -84,8 +84,8 @@ class Args:
     lm_kl: Literal["base", "old"] = "base"  # the KL is to the policy before training, or to the sampling one
     lm_kl_coef: float = 0.01  # weight of the language model's KL to itself before training
     # optimisation
-    num_iterations: int = 48  # rollouts
-    lm_learning_rate: float = 1e-4  # the language model's
+    num_iterations: int = 32  # rollouts
+    lm_learning_rate: float = 3e-3  # the language model's
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
 
