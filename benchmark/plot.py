@@ -164,7 +164,9 @@ def promptrl(runs):
     swaps = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("swap-*.json"))]
     scores = [swap["swaps"] for swap in swaps]
     lines = ["## PromptRL and its parts", ""]
-    lines += ["Strict score, before and after; equal numbers of images. Between evaluations, 5 or 10 iterations"]
+    lines += [
+        "Strict score, before and after; equal numbers of images. Between evaluations, 5 or 10 iterations"
+    ]
     lines += ["of 256 images apart, a score is taken to change in a line.", ""]
     lines += [*rewriting.parts(runs), "", *rewriting.claims(runs, scores), ""]
     names = [name for name in rewriting.RUNS if name in runs]
