@@ -75,6 +75,7 @@ def small(tmp_path, lm_folder):
         num_images_per_prompt=4,
         max_new_tokens=4,
         num_inference_steps=4,
+        sde_window=2,
         eval_num_inference_steps=2,
         num_iterations=1,
         eval_every=8,
