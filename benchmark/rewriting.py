@@ -105,6 +105,10 @@ def claims(runs, swaps):
         rows += [
             ["images to the final score, with rewrites, of the frozen language model's run", "", share, ""]
         ]
+    if "promptrl_lm_only" in runs:
+        change = last(runs[FULL], ENHANCED) - last(runs["promptrl_lm_only"], ENHANCED)
+        what = "with rewrites, both trained less the language model alone"
+        rows += [[what, ".97, .76 (RePrompt)", signed(change), direction(change, 1)]]
     full = last(runs[FULL], SCORE)
     for name, claim in [item for item in RETENTION.items() if item[0] in runs]:
         change = full - last(runs[name], SCORE)
@@ -116,7 +120,7 @@ def claims(runs, swaps):
         rows += [[what, "-0.09", signed(untrained - own), direction(untrained - own, -1)]]
         other = np.array([swap["other"][ENHANCED] for swap in swaps])
         what = "the trained rewriter swapped for that of another seed"
-        rows += [[what, "", signed(other - own), ""]]
+        rows += [[what, "-0.09", signed(other - own), direction(other - own, -1)]]
         base = np.array([run["metrics"][0][ENHANCED] for run in runs[FULL]])
         moved = np.array([swap["lm"][ENHANCED] for swap in swaps])
         what = "the trained rewriter with the base model, less the untrained one"
