@@ -2,9 +2,9 @@
 
     python -m benchmark.tags
 
-Writes runs/benchmark/prompts/{all,geneval,ocr,jpeg}_{train,eval}.jsonl from tiny/prompts: GenEval judges the
-prompts with more than one thing to get right, OCR the written texts, JPEG the single objects. As many lines
-of each in training; `all` has them all, tagged. No prompt has two rewards, so none asks for two things.
+Writes runs/benchmark/prompts/{all,two,geneval,ocr,jpeg}_{train,eval}.jsonl from tiny/prompts: GenEval judges
+the prompts with more than one thing to get right, OCR the written texts, JPEG the single objects. As many
+lines of each in training; `all` has them all, tagged, `two` all but JPEG's. No prompt has two rewards.
 """
 
 import json
@@ -33,7 +33,8 @@ if __name__ == "__main__":
         parts = kinds(split)
         if split == "train":
             parts = {name: (rows * LINES)[:LINES] for name, rows in parts.items()}
-        parts["all"] = [row for rows in list(parts.values()) for row in rows]
+        two = parts["geneval"] + parts["ocr"]
+        parts |= {"two": two, "all": two + parts["jpeg"]}
         for name, rows in parts.items():
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (FOLDER / f"{name}_{split}.jsonl").write_text(text)

@@ -121,19 +121,24 @@ def test_trials_are_listed_with_their_flags():
     assert lines[2].endswith("| abc | 5 | 200 | 0.600 |  |  |")
 
 
-def test_tags_compare_a_specialist_with_all_at_once():
-    def scored(before, after):
+def test_tags_compare_a_specialist_with_several_at_once():
+    def scored(before, after, names=tuple(rewriting.SCORES)):
         rows = [{"charts/num_images": n} for n in (0, 256)]
         for row, value in zip(rows, (before, after)):
-            row |= {f"{score}_enhanced": value for score in rewriting.SCORES.values()}
+            row |= {f"{rewriting.SCORES[name]}_enhanced": value for name in names}
         return {"metrics": rows}
 
     runs = {f"promptrl_tags_{name}": [scored(0.4, 0.7)] * 3 for name in rewriting.SCORES}
     runs["promptrl_tags_all"] = [scored(0.4, 0.6)] * 3
-    for line in rewriting.tags(runs)[2:]:
-        assert (
-            "| 0.400, 0.700 [0.700, 0.700] | 0.400, 0.600 [0.600, 0.600] | -0.100 [-0.100, -0.100] |" in line
-        )
+    runs["promptrl_tags_two"] = [scored(0.4, 0.8, ("geneval", "ocr"))] * 3
+    *both, jpeg = rewriting.tags(runs)[2:]
+    alone, all_three = (
+        "| 0.400, 0.700 [0.700, 0.700] |",
+        "| 0.400, 0.600 [0.600, 0.600] | -0.100 [-0.100, -0.100] |",
+    )
+    for line in both:
+        assert f"{alone} 0.400, 0.800 [0.800, 0.800] | +0.100 [+0.100, +0.100] {all_three}" in line
+    assert f"{alone}  |  {all_three}" in jpeg
 
 
 def test_tagged_prompts_have_one_reward_each_and_as_many_lines_in_training():
