@@ -180,7 +180,9 @@ def tags(runs):
             judged = score in runs[joint][0]["metrics"][0]
             change = last(runs[joint], score) - last(alone, score) if judged else None
             cells += [before_after(runs[joint], score), signed(change)] if judged else ["", ""]
-        rows += [[name, before_after(alone, score), *cells, TAGGED[name]]]
+        worse = interval(change)[1] < 0  # of all three
+        outcome = "does not hold here" if worse else "holds here: no worse than the specialist"
+        rows += [[name, before_after(alone, score), *cells, TAGGED[name], outcome]]
     head = [
         "reward",
         "specialist",
@@ -189,4 +191,4 @@ def tags(runs):
         "all three",
         "less the specialist",
     ]
-    return table([*head, "the paper: specialists, all three"], rows)
+    return table([*head, "the paper: specialists, all three", "verdict"], rows)

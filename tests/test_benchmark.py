@@ -136,6 +136,7 @@ def test_tags_compare_a_specialist_with_several_at_once():
         "| 0.400, 0.700 [0.700, 0.700] |",
         "| 0.400, 0.600 [0.600, 0.600] | -0.100 [-0.100, -0.100] |",
     )
+    assert all(line.endswith("| does not hold here |") for line in (*both, jpeg))
     for line in both:
         assert f"{alone} 0.400, 0.800 [0.800, 0.800] | +0.100 [+0.100, +0.100] {all_three}" in line
     assert f"{alone}  |  {all_three}" in jpeg
