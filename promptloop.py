@@ -85,7 +85,7 @@ class Args:
     lm_kl_coef: float = 0.01  # weight of the language model's KL to itself before training
     # optimisation
     num_iterations: int = 32  # rollouts
-    lm_learning_rate: float = 3e-3  # the language model's
+    lm_learning_rate: float = 1e-3  # the language model's
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
 
