@@ -325,9 +325,9 @@ class Report:
         paths = [self.run_dir / "samples" / f"{before['iteration']:06d}.png"]
         paths += sorted(self.run_dir.glob(f"samples/{after['iteration']:06d}*.png"))[-1:]
         sheets = [Image.open(path) for path in paths]
-        both = Image.new("RGB", (sheets[0].width, 2 * sheets[0].height))
-        for i, sheet in enumerate(sheets):
-            both.paste(sheet, (0, i * sheet.height))
+        both = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)))
+        for sheet, top in zip(sheets, (0, sheets[0].height)):  # rewrites make the second one higher
+            both.paste(sheet, (0, top))
         both.save(self.run_dir / "before_after.png")
         print()
         for name in sorted(name for name in before if name.startswith("eval/") and name.count("/") == 1):

@@ -100,6 +100,20 @@ def test_every_variant_runs_and_starts_on_policy(small, changes):
         assert rows[2]["losses/kl"] > 0
 
 
+def test_before_after_holds_both_pictures_whole(tmp_path):
+    report = rewards.runs.Report(tmp_path / "run", flow_grpo.__file__, Args(), -1)
+    report.metrics = [
+        {"iteration": i, "charts/num_images": i, "eval/geneval": 0.5, "perf/images_per_second": 1.0}
+        for i in (0, 1)
+    ]
+    for name, height, color in (("000000", 4, "red"), ("000001", 4, "green"), ("000001_enhanced", 9, "blue")):
+        Image.new("RGB", (6, height), color).save(report.run_dir / "samples" / f"{name}.png")
+    report.close()
+    both = np.array(Image.open(report.run_dir / "before_after.png"))
+    assert both.shape == (13, 6, 3)  # titles with rewrites make a picture higher
+    assert (both[:4] == (255, 0, 0)).all() and (both[4:] == (0, 0, 255)).all()
+
+
 def test_run_folder_and_last_lines(small, capsys):
     run_dir = train(Args(**small()))
     names = {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.is_file()}
