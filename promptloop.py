@@ -232,7 +232,7 @@ def sample(pipe, prompts, noise, schedules, write, options, max_sequence_length,
         clean = clean_prediction(x_t.float(), velocity.float(), scheduler.sigmas[scheduler.step_index - 1])
         return after
 
-    def refine_rows(pipe, i, _, tensors):  # the callback after step i
+    def refine_rows(pipe, i, _, tensors):  # the callback after step i, also called before the first
         if rows := [j for j in range(len(prompts)) if i + 1 in schedules[j]]:
             look = (lambda: to_images(pipe, clean[rows], options["height"])) if i >= 0 else None
             for j, text in zip(rows, write(rows, i + 1, [prompts[j] for j in rows], look)):

@@ -9,16 +9,14 @@ and with refinements, measured in turn in the same process.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import tempfile
 import time
 
 import torch
 
 import promptloop
-from benchmark.run import RESULTS, ROOT, processor
+from benchmark.run import RESULTS, circumstances
 from benchmark.swap import newest
 
 USES = {  # title -> flags beside the run's policy
@@ -69,14 +67,11 @@ if __name__ == "__main__":
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     seeds = parser.parse_args().seeds
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     for seed in seeds:
         if (RESULTS / f"loop-{seed}.json").exists():
             continue
         record = {"command": f"python -m benchmark.loop --seeds {' '.join(map(str, seeds))}", "seed": seed}
-        record |= {"commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
-        machine = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-        record |= {"machine": machine, "uses": {}}
+        record |= circumstances(f"{torch.get_num_threads()} threads") | {"uses": {}}
         for title, flags in USES.items():
             flags = dict(flags)
             if "flow_lora" in flags:

@@ -29,20 +29,23 @@ def processor():
     return names[0] if names else platform.processor()
 
 
+def circumstances(threads):
+    """Commit, date and machine of a measurement, for its record; threads in words."""
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    machine = f"{processor()}, {os.cpu_count()} cores, {threads}"
+    return {"commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": machine}
+
+
 def start(name, seed, script, flags, threads):
     """Starts a run in the background: (process, the record its results will join)."""
     output_dir = ROOT / "runs" / "benchmark" / f"{name}-{seed}-{int(time.time())}"
     words = [script, *flags, "--seed", str(seed)]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout
     record = {
         "name": name,
         "seed": seed,
         "command": " ".join(["python", *words]),
-        "commit": commit.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{processor()}, {os.cpu_count()} cores, {threads} threads a run",
+        **circumstances(f"{threads} threads a run"),
         "output_dir": output_dir,
         "began": time.time(),
     }

@@ -8,17 +8,14 @@ with the parts that PAIRS names. Writes benchmark/results/swap-SEED.json.
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
 import promptrl
-from benchmark.run import RESULTS, ROOT, processor
+from benchmark.run import RESULTS, ROOT, circumstances
 
 PAIRS = {  # title -> (runs of the flow model, of the language model, its seed's shift); None: untrained
     "flow_only": ("promptrl_flow_only", None, 0),
@@ -55,14 +52,11 @@ if __name__ == "__main__":
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     seeds = parser.parse_args().seeds
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     for k, seed in enumerate(seeds):
         if (RESULTS / f"swap-{seed}.json").exists():
             continue
         record = {"command": f"python -m benchmark.swap --seeds {' '.join(map(str, seeds))}", "seed": seed}
-        record |= {"commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
-        machine = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-        record |= {"machine": machine, "swaps": {}}
+        record |= circumstances(f"{torch.get_num_threads()} threads") | {"swaps": {}}
         for title, (flow, lm, shift) in PAIRS.items():
             other = seeds[(k + shift) % len(seeds)]
             parts = newest(flow, seed) if flow else None, newest(lm, other) if lm else None
