@@ -41,9 +41,8 @@ def evaluate(policy, flags):
 
         start = time.perf_counter()
         images = sample(pipe, texts, noise, schedules, watched, *rest)
-        later = any(
-            step > 0 for steps in schedules for step in steps
-        )  # the first is written without a preview
+        # the first refinement is written without a preview
+        later = any(step > 0 for steps in schedules for step in steps)
         kind = "plain" if not any(schedules) else "loop" if seen or not later else "blind"
         seconds.setdefault(kind, []).append(time.perf_counter() - start)
         return images
