@@ -3,12 +3,15 @@
     python -m benchmark.loop [--seeds 1 2 3]
 
 Takes each seed's newest run of benchmark.run under runs/benchmark/ and evaluates it as USES says, and the
-untrained policy with it. Writes benchmark/results/loop-SEED.json: scores, and seconds of sampling, without
-and with refinements, measured in turn in the same process.
+untrained policy with it, on the held-out prompts without their paraphrases. Writes
+benchmark/results/loop-SEED.json: scores, and seconds of sampling, without and with refinements, measured in
+turn in the same process.
 """
 
 import argparse
+import functools
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -16,7 +19,7 @@ import time
 import torch
 
 import promptloop
-from benchmark.run import RESULTS, circumstances
+from benchmark.run import RESULTS, ROOT, circumstances
 from benchmark.swap import newest
 
 USES = {  # title -> flags beside the run's policy
@@ -26,7 +29,8 @@ USES = {  # title -> flags beside the run's policy
 }
 
 
-def evaluate(policy, flags):
+@functools.cache  # the untrained policy's do not depend on the seed
+def evaluate(policy, **flags):
     """(eval/ scores, median seconds to sample a batch, plain and in the loop) of a run's policy.
 
     policy: the run's folder, "" for the untrained one. flags: of promptloop.py.
@@ -50,7 +54,9 @@ def evaluate(policy, flags):
     promptloop.sample = timed
     try:
         with tempfile.TemporaryDirectory() as folder:
-            args = promptloop.Args(num_iterations=0, evaluate=str(policy), output_dir=folder, **flags)
+            prompts = shutil.copy(ROOT / "tiny" / "prompts" / "eval.jsonl", folder)  # paraphrases stay behind
+            flags |= {"num_iterations": 0, "eval_prompts": prompts, "output_dir": folder}
+            args = promptloop.Args(evaluate=str(policy), **flags)
             (row,) = (promptloop.train(args) / "metrics.jsonl").read_text().splitlines()
     finally:
         promptloop.sample = sample
@@ -76,6 +82,6 @@ if __name__ == "__main__":
             if "flow_lora" in flags:
                 flags["flow_lora"] = str(newest(flags["flow_lora"], seed) / "lora")
             for who, policy in (("trained", newest("promptloop", seed)), ("untrained", "")):
-                scores, seconds = evaluate(policy, flags)
+                scores, seconds = evaluate(policy, **flags)
                 record["uses"][f"{title}_{who}"] = {"scores": scores, "seconds": seconds}
         (RESULTS / f"loop-{seed}.json").write_text(json.dumps(record, indent=0) + "\n")

@@ -189,7 +189,7 @@ def test_a_loops_seconds_are_kept_apart_from_those_without_previews(monkeypatch,
     monkeypatch.setattr(loop.promptloop, "sample", sample)
     monkeypatch.setattr(loop.promptloop, "train", train)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
-    scores, seconds = loop.evaluate("X", {"num_refinements": 2})
+    scores, seconds = loop.evaluate("X", num_refinements=2)
     assert scores == {"eval/geneval_strict_loop": 0.5} and seconds == {"plain": 1, "loop": 1, "blind": 1}
     assert loop.promptloop.sample is sample
 
