@@ -72,6 +72,7 @@ class Args:
     # sampling
     num_prompts_per_iteration: int = 8  # P, over all processes
     num_images_per_prompt: int = 8  # K, the size of a group
+    share_noise: bool = True  # one first noise for a prompt's images: they differ by what is written, no more
     num_refinements: int = 5  # N_R, how often the prompt of an image is written anew
     feedback: Literal["preview", "none", "shuffled"] = "preview"  # shuffled: another prompt's, a control
     max_new_tokens: int = 32  # N, longest reply of the language model
@@ -329,11 +330,8 @@ def refine(policy, args, originals, current, done, previews, noise=None):
     answers = [parse_answer(reply) for reply in tokenizer.batch_decode(replies, skip_special_tokens=True)]
     prompts = [answer if formed else c for (answer, formed), c in zip(answers, current)]
     end = (replies == tokenizer.eos_token_id).int()
-    return (
-        prompts,
-        [formed for _, formed in answers],
-        (asked, previews, replies, end.cumsum(1) == end, log_probs),
-    )
+    dialogue = asked, previews, replies, end.cumsum(1) == end, log_probs
+    return prompts, [formed for _, formed in answers], dialogue
 
 
 # === algorithm ===
@@ -481,7 +479,8 @@ def train(args):
             # at random, so that one policy serves any number of them; a single one comes first
             settings = args.num_refinements, T, args.seed, iteration, args.num_refinements > 1
             schedules = [steps for steps in draw_schedules(range(P), *settings) for _ in range(K)]
-            noise = draw_noise(images, 1, shape, args.seed, iteration)[:, 0]
+            numbers = [j // K if args.share_noise else j for j in images]
+            noise = draw_noise(numbers, 1, shape, args.seed, iteration)[:, 0]
 
             # 2. to 4. sample and refine, score against the original prompts
             dialogues, scores, stats = [], [], []
