@@ -861,9 +861,11 @@ def simple(monkeypatch):
     monkeypatch.setattr(rewards, "build", lambda *_: Brightness())
 
 
-def test_an_iteration_from_inside(small, spy, simple, no_evaluation, monkeypatch):
+@pytest.mark.parametrize("share_noise", [True, False])
+def test_an_iteration_from_inside(small, spy, simple, no_evaluation, monkeypatch, share_noise):
     args = Args(
         **small(
+            share_noise=share_noise,
             num_refinements=3,
             num_inference_steps=4,
             eval_num_inference_steps=4,
@@ -897,7 +899,9 @@ def test_an_iteration_from_inside(small, spy, simple, no_evaluation, monkeypatch
     originals = [prompts[i] for i in promptloop.draw_prompts(len(prompts), 2, args.seed, 1) for _ in range(4)]
     assert judged == list(zip(originals, originals))
     assert [call[1] for call, _ in samples] == [originals[:6], originals[6:]]
-    assert not torch.equal(samples[0][0][2][:2], samples[1][0][2])  # each image its noise
+    noise = torch.cat([call[2] for call, _ in samples])  # each image its own, or each prompt
+    own = [0, 0, 0, 0, 1, 1, 1, 1] if share_noise else range(8)
+    assert [[torch.equal(a, b) for b in noise] for a in noise] == [[i == j for j in own] for i in own]
 
     # the images of a prompt have one schedule
     schedules = [schedule for call, _ in samples for schedule in call[3]]
