@@ -51,8 +51,8 @@ class Args:
     output_dir: str = "runs"  # where the run's folder is made
     resume: str = ""  # a run's folder to go on with, exactly; all other flags are then read from it
     evaluate: str = ""  # a run's folder: no training, its policy writes for the image model given here
-    eval_every: int = 16  # iterations between evaluations
-    save_every: int = 16  # iterations between checkpoints
+    eval_every: int = 12  # iterations between evaluations
+    save_every: int = 12  # iterations between checkpoints
     track: bool = False  # mirror the metrics to Weights & Biases
     wandb_project_name: str = "flow-rl"  # the W&B project
     wandb_entity: str | None = None  # the W&B team or user
@@ -70,7 +70,7 @@ class Args:
     eval_prompts: str = ""  # held-out prompts; empty: the --prompts file with `train` replaced by `eval`
     rewards: str = "geneval"  # names with optional weights, such as geneval:1,jpeg:0.2
     # sampling
-    num_prompts_per_iteration: int = 8  # P, over all processes
+    num_prompts_per_iteration: int = 16  # P, over all processes
     num_images_per_prompt: int = 8  # K, the size of a group
     share_noise: bool = True  # one first noise for a prompt's images: they differ by what is written, no more
     num_refinements: int = 5  # N_R, how often the prompt of an image is written anew
@@ -85,7 +85,7 @@ class Args:
     lm_kl: Literal["base", "old"] = "base"  # the KL is to the policy before training, or to the sampling one
     lm_kl_coef: float = 0.01  # weight of the language model's KL to itself before training
     # optimisation
-    num_iterations: int = 32  # rollouts
+    num_iterations: int = 24  # rollouts
     lm_learning_rate: float = 1e-3  # the language model's
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
