@@ -6,7 +6,7 @@
 import numpy as np
 
 from benchmark.compare import SCORE, curves, interval, signed
-from benchmark.rewriting import direction, last, level, table
+from benchmark.rewriting import direction, each, last, level, table
 
 LOOP, APRIORI = SCORE + "_loop", SCORE + "_apriori"
 FULL = "promptloop"
@@ -16,10 +16,16 @@ RUNS = {  # name of the runs -> (what the policy does, the paper's ImageReward w
     "promptloop_shuffled": ("5 refinements, each with the preview of another prompt's image", ""),
     FULL: ("5 refinements with previews: PromptLoop", ".632"),
 }
-CLAIMS = (  # what is claimed, of which runs' scores it is the difference, the paper's
+TRIALS = ("promptloop_try", "promptloop_first", "promptloop_p16", "promptloop_shared")  # beginnings of names
+BASE, UNTRAINED = "base", "untrained"
+CLAIMS = (  # what is claimed, of which scores it is the difference, the paper's
+    ("an untrained policy harms", UNTRAINED, BASE, "-0.313"),
+    ("a trained one helps", FULL, BASE, "+0.550"),
+    ("... with one refinement", "promptloop_once", BASE, "+0.353"),
+    ("training is what helps", FULL, UNTRAINED, "+0.864"),
+    ("several refinements without previews help", "promptloop_none", "promptloop_once", "+0.057"),
     ("previews help", FULL, "promptloop_none", "+0.141"),
     ("... because of what is in them", FULL, "promptloop_shuffled", ""),
-    ("several refinements without previews help", "promptloop_none", "promptloop_once", "+0.057"),
 )
 OVERHEAD = {1: 1.05, 3: 1.13, 5: 1.23}  # the paper's: number of refinements -> time over that of none
 
@@ -37,12 +43,33 @@ def parts(runs):
         rows += [[what, images, *(level(last(group, score)) for score in (LOOP, APRIORI)), paper]]
     head = ["", "images", "in the loop", "all prompts written beforehand", "the paper (ImageReward)"]
     lines = [*table(head, rows), ""]
+    scores = {BASE: first[SCORE], UNTRAINED: first[LOOP]}
+    scores |= {name: last(runs[name], LOOP) for name in RUNS if name in runs}
     rows = []
     for what, name, other, paper in CLAIMS:
-        if name in runs and other in runs:
-            change = last(runs[name], LOOP) - last(runs[other], LOOP)
-            rows += [[what, paper, signed(change), direction(change, 1)]]
+        if name in scores and other in scores:
+            change = np.atleast_1d(scores[name] - scores[other])
+            claim = -1 if paper.startswith("-") else 1
+            rows += [[what, paper, signed(change), direction(change, claim)]]
     return lines + table(["claim", "the paper (ImageReward)", "here", "verdict"], rows)
+
+
+def trials(runs):
+    """Runs that settings were chosen from: flags, seeds, images, final scores, the policy's entropy."""
+    rows = []
+    for name in sorted(name for name in runs if name.startswith(TRIALS)):
+        group = runs[name]
+        flags = group[0]["command"].removeprefix("python promptloop.py").rsplit("--seed ", 1)[0].strip()
+        cells = [
+            f"`{flags}`" if flags else "",
+            group[0]["commit"],
+            ", ".join(str(run["seed"]) for run in group),
+        ]
+        cells += [f"{curves(group, LOOP)[0][:, -1].mean():,.0f}"]
+        cells += [each(last(group, score)) for score in (LOOP, APRIORI)]
+        rows += [[*cells, each([run["metrics"][-1]["losses/lm_entropy"] for run in group])]]
+    head = ["flags, on top of that commit's defaults", "commit", "seeds", "images", "in the loop"]
+    return table([*head, "all prompts written beforehand", "last entropy"], rows)
 
 
 def uses(runs, uses):

@@ -209,6 +209,7 @@ def promptloop(runs):
         source = f"`{one['command']}`, commit {one['commit']}, {one['date']}, {one['machine']}"
         lines += ["### The same policies elsewhere", "", f"{source}.", ""]
         lines += [*looping.uses(runs, [record["uses"] for record in records]), ""]
+    lines += ["### Runs that PromptLoop's settings were chosen from", "", *looping.trials(runs), ""]
     return lines
 
 

@@ -212,10 +212,28 @@ def test_promptloops_parts_are_judged_by_the_difference_of_their_runs(promptloop
     assert lines[2] == "| the image model alone |  | 0.400 |  | .082 |"
     assert lines[3] == "| 5 refinements by the untrained policy |  | 0.300 | 0.200 | -.232 |"
     assert "| 512 | 0.600 [0.600, 0.600] | 0.500 [0.500, 0.500] | .632 |" in lines[7]
-    helps, content, several = lines[-3:]
+    harms, trained, once, training, several, helps, content = lines[-7:]
+    assert harms.endswith("| -0.313 | -0.100 [-0.100, -0.100] | holds here |")
+    assert "| +0.200 [" in trained and "| +0.100 [" in once and "| +0.300 [" in training
+    assert "| +0.000 [+0.000, +0.000] | not seen here" in several
     assert helps.endswith("| +0.141 | +0.100 [+0.100, +0.100] | holds here |")
     assert "| -0.100 [-0.100, -0.100] | does not hold here" in content
-    assert "| +0.000 [+0.000, +0.000] | not seen here" in several
+
+
+def test_trials_of_promptloop_are_listed_with_their_flags(promptloop_runs):
+    (run, *_) = promptloop_runs["promptloop"]
+    run["metrics"][-1]["losses/lm_entropy"] = 0.25
+    trial = run | {
+        "seed": 4,
+        "commit": "abc",
+        "command": "python promptloop.py --lm-learning-rate 1 --seed 4",
+    }
+    plain = trial | {"seed": 5, "command": "python promptloop.py --seed 5"}
+    lines = looping.trials({"promptloop_try": [trial], "promptloop_p16": [plain], "promptloop": [trial]})
+    assert lines[2:] == [
+        "|  | abc | 5 | 512 | 0.600 | 0.500 | 0.250 |",
+        "| `--lm-learning-rate 1` | abc | 4 | 512 | 0.600 | 0.500 | 0.250 |",
+    ]
 
 
 def test_a_policys_other_uses_are_measured_by_what_they_keep_of_its_gain(promptloop_runs):
