@@ -490,6 +490,19 @@ def test_image_models_are_loaded_frozen(families, family, shape):
         assert {p.dtype for p in part.parameters()} == {torch.float32 if name == "vae" else torch.bfloat16}
 
 
+def test_the_tiny_world_has_a_second_image_model():
+    float32 = torch.device("cpu"), torch.float32
+    (first, *form), (second, *other) = (
+        load_pipeline(Args(model=f"tiny/{m}"), *float32) for m in ("sd3", "sd3b")
+    )
+    assert form == other
+    width = [pipe.transformer.config.num_attention_heads * 32 for pipe in (first, second)]
+    assert width == [128, 96]
+    latents = first.vae.state_dict(), second.vae.state_dict()
+    assert latents[0].keys() == latents[1].keys()
+    assert all(torch.equal(part, latents[1][name]) for name, part in latents[0].items())
+
+
 def test_the_resolution_can_be_chosen(families):
     args = Args(**families["sdxl"] | {"resolution": 32})
     pipe, size, shape = load_pipeline(args, CPU, torch.float32)

@@ -9,8 +9,8 @@
 
 Each stage is deterministic from --seed on one machine, shows its progress, writes a checkpoint every
 --save-every steps to --work and goes on from it when started again. The results are plain diffusers folders,
-tiny/sd3 and tiny/sd3b (not shipped), and a plain transformers folder, tiny/vlm. Conventions: t in [0, 1],
-t = 1 is noise; x_t = (1 - t) x_0 + t eps; the transformer learns v = eps - x_0.
+tiny/sd3 and tiny/sd3b, and a plain transformers folder, tiny/vlm. Conventions: t in [0, 1], t = 1 is noise;
+x_t = (1 - t) x_0 + t eps; the transformer learns v = eps - x_0.
 """
 
 import argparse
