@@ -14,7 +14,7 @@ One iteration; the image model is a black box, only the policy is trained:
 Differences from the paper, as far as known: the KL goes to the policy before training (the paper's, to the
 one that sampled, has no gradient as each sample is used once: --lm-kl old).
 
-Run (time, memory and scores: not measured yet; with real weights: not run):
+Run (with real weights: not run, not measured):
   python promptloop.py                                       # the tiny world
   python promptloop.py --evaluate runs/X --model OTHER       # that run's policy with another image model
   python promptloop.py --model stabilityai/stable-diffusion-xl-base-1.0 --lm Qwen/Qwen2.5-VL-3B-Instruct ...
