@@ -16,7 +16,7 @@ RUNS = {  # name of the runs -> (what the policy does, the paper's ImageReward w
     "promptloop_shuffled": ("5 refinements, each with the preview of another prompt's image", ""),
     FULL: ("5 refinements with previews: PromptLoop", ".632"),
 }
-TRIALS = ("promptloop_try", "promptloop_first", "promptloop_p16", "promptloop_shared")  # beginnings of names
+TRIALS = "try", "first", "p16", "shared", "own_noise", "long", "once_long"  # other runs, promptloop_...
 BASE, UNTRAINED = "base", "untrained"
 CLAIMS = (  # what is claimed, of which scores it is the difference, the paper's
     ("an untrained policy harms", UNTRAINED, BASE, "-0.313"),
@@ -56,9 +56,9 @@ def parts(runs):
 
 
 def trials(runs):
-    """Runs that settings were chosen from: flags, seeds, images, final scores, the policy's entropy."""
+    """Runs that settings were chosen from, and others: flags, seeds, images, scores, the policy's entropy."""
     rows = []
-    for name in sorted(name for name in runs if name.startswith(TRIALS)):
+    for name in sorted(name for name in runs if name.startswith(tuple(f"promptloop_{t}" for t in TRIALS))):
         group = runs[name]
         flags = group[0]["command"].removeprefix("python promptloop.py").rsplit("--seed ", 1)[0].strip()
         cells = [

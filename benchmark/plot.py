@@ -209,7 +209,12 @@ def promptloop(runs):
         source = f"`{one['command']}`, commit {one['commit']}, {one['date']}, {one['machine']}"
         lines += ["### The same policies elsewhere", "", f"{source}.", ""]
         lines += [*looping.uses(runs, [record["uses"] for record in records]), ""]
-    lines += ["### Runs that PromptLoop's settings were chosen from", "", *looping.trials(runs), ""]
+    lines += [
+        "### Other runs of PromptLoop",
+        "",
+        "Those that its settings were chosen from, and single ones.",
+    ]
+    lines += ["", *looping.trials(runs), ""]
     return lines
 
 
