@@ -201,6 +201,11 @@ def promptloop(runs):
     lines = ["## PromptLoop and its parts", "", "Strict score; the policy's prompts are greedy.", ""]
     names = [name for name in looping.RUNS if name in runs]
     lines += [*looping.parts(runs), "", *provenance({name: runs[name] for name in names})]
+    if "time_promptloop" in runs:
+        (whole,) = runs["time_promptloop"]
+        lines += [f"A whole run with the machine to itself: {whole['seconds']:.0f} s"]
+        lines[-1] += f" (`{whole['command']}`, commit {whole['commit']}, {whole['machine']})."
+        lines += [""]
     draw(DOCS / "promptloop.png", runs, names, looping.LOOP, "strict GenEval, in the loop")
     lines += ["![promptloop](promptloop.png)", ""]
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("loop-*.json"))]

@@ -245,12 +245,18 @@ def test_a_policys_other_uses_are_measured_by_what_they_keep_of_its_gain(promptl
     titles = {f"refinements_{n}": use(0.4, 0.5, 1 + n / 10) for n in (1, 2, 3, 5)}
     titles |= {"second_model": use(0.2, 0.3), "flow_grpo": use(0.5, 0.6)}
     record = {f"{title}_{who}": value for title, value in titles.items() for who in ("trained", "untrained")}
+    record["second_model_untrained"] = use(0.2, 0.25)
     lines = looping.uses(promptloop_runs, [record] * 3)
     assert lines[2].startswith("| 1 | 0.500") and lines[2].endswith("| 1.10 [1.10, 1.10] | 1.05 |")
     # in training the gain was 0.6 - 0.4: half of it is kept
-    assert "| 0.400, 0.600 [0.600, 0.600] | +0.200" in lines[-3]
-    assert "| 0.200, 0.300 [0.300, 0.300] | +0.100 [+0.100, +0.100] | 50% [50%, 50%] |" in lines[-2]
-    assert lines[-1].endswith("| 50% [50%, 50%] | 69 to 80% |")
+    assert "| 0.400, 0.600 [0.600, 0.600] | -0.100 | +0.200" in lines[9]
+    assert "| 0.200, 0.300 [0.300, 0.300] | +0.050 | +0.100 [+0.100, +0.100] | 50% [50%, 50%] |" in lines[10]
+    assert lines[11].endswith("| 50% [50%, 50%] | 69 to 80% |")
+    more, time, unseen, kept = lines[-4:]
+    assert more.endswith("| rises | +0.000 [+0.000, +0.000] | not seen here: the interval has zero in it |")
+    assert time.endswith("| 1.23 | 1.50 [1.50, 1.50] | does not hold here |")
+    assert unseen.endswith("| +0.100 [+0.100, +0.100] | holds here |")
+    assert kept.endswith("| 69 to 80% | 50% [50%, 50%] | does not hold here |")
 
 
 def test_interval_of_a_mean_over_seeds():
