@@ -51,7 +51,8 @@ def parts(runs):
         if name in scores and other in scores:
             change = np.atleast_1d(scores[name] - scores[other])
             claim = -1 if paper.startswith("-") else 1
-            rows += [[what, paper, signed(change), direction(change, claim)]]
+            value = signed(change) if len(change) > 1 else f"{change[0]:+.3f}"  # of no run: no interval
+            rows += [[what, paper, value, direction(change, claim)]]
     return lines + table(["claim", "the paper (ImageReward)", "here", "verdict"], rows)
 
 
@@ -88,8 +89,9 @@ def uses(runs, uses):
         title = f"refinements_{count}"
         times = [use[f"{title}_trained"]["seconds"] for use in uses]
         ratio = np.array([seconds["loop"] / seconds["plain"] for seconds in times])
-        rows += [[str(count), level(scores(title, "untrained", LOOP)), level(scores(title, "trained", LOOP))]]
-        rows[-1] += [level(scores(title, "trained", APRIORI)), level(ratio, 2), str(paper)]
+        rows += [[str(count), f"{scores(title, 'untrained', LOOP).mean():.3f}"]]
+        rows[-1] += [level(scores(title, "trained", score)) for score in (LOOP, APRIORI)]
+        rows[-1] += [level(ratio, 2), str(paper)]
     head = ["refinements", "untrained policy", "trained", "written beforehand"]
     lines = [*table([*head, "time over that of none", "the paper's"], rows), ""]
     slow = "holds here" if interval(ratio)[1] <= OVERHEAD[5] else "does not hold here"

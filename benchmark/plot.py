@@ -214,6 +214,7 @@ def promptloop(runs):
         source = f"`{one['command']}`, commit {one['commit']}, {one['date']}, {one['machine']}"
         lines += ["### The same policies elsewhere", "", f"{source}.", ""]
         lines += [*looping.uses(runs, [record["uses"] for record in records]), ""]
+        lines += ["The LoRAs:", "", *provenance(runs, "promptloop_flow_grpo")]
     lines += [
         "### Other runs of PromptLoop",
         "",
