@@ -101,17 +101,14 @@ def save_films(run_dir, iteration, films, prompts, metadata, scores, pictures):
 
 
 def save_curve(path, metrics):
-    """The evaluations so far against images sampled."""
+    """The reward's evaluations so far against images sampled; metrics.jsonl has all other scores."""
     curve = matplotlib.figure.Figure(figsize=(7, 4))
     axes = curve.subplots()
-    for name in sorted(
-        {name for row in metrics for name in row if name.startswith("eval/") and name.count("/") == 1}
-    ):
-        axes.plot(
-            *zip(*[(row["charts/num_images"], row[name]) for row in metrics if name in row]), ".-", label=name
-        )
-    axes.set(xlabel="images sampled", ylabel="held-out score")
-    axes.legend(fontsize=7)
+    for name in sorted({name for row in metrics for name in row if re.fullmatch(r"eval/reward[^/]*", name)}):
+        points = [(row["charts/num_images"], row[name]) for row in metrics if name in row]
+        axes.plot(*zip(*points), ".-", label=name)
+    axes.set(xlabel="images sampled", ylabel="held-out reward")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves
     curve.savefig(path, dpi=120, bbox_inches="tight")
 
 

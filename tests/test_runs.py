@@ -114,6 +114,22 @@ def test_before_after_holds_both_pictures_whole(tmp_path):
     assert (both[:4] == (255, 0, 0)).all() and (both[4:] == (0, 0, 255)).all()
 
 
+def test_the_curve_is_the_rewards_and_its_legend_hides_nothing(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    names = [
+        f"eval/{name}{mode}" for name in ("reward", "geneval", "reward/colors") for mode in ("", "_loop")
+    ]
+    rows = [{"charts/num_images": n, **dict.fromkeys(names, n / 10)} for n in (0, 4)]
+    rows.append({"charts/num_images": 8, "eval/reward_loop": 0.9})
+    rewards.runs.save_curve(tmp_path / "reward.png", rows)
+    (axes,) = figures[0].axes
+    curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert curves["eval/reward"] == [[0, 0], [4, 0.4]]
+    assert curves.pop("eval/reward_loop") == [[0, 0], [4, 0.4], [8, 0.9]] and len(curves) == 1
+    assert axes.get_legend().get_window_extent().x0 > axes.get_window_extent().x1
+
+
 def test_run_folder_and_last_lines(small, capsys):
     run_dir = train(Args(**small()))
     names = {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.is_file()}
