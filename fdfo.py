@@ -44,7 +44,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from tqdm import tqdm
 
 import rewards
-from rewards import BadInput, runs
+from rewards import BadInput, command_line, report
+from rewards.prompts import load_prompt_files
+from rewards.report.evaluation import evaluate, gather
 
 
 @dataclasses.dataclass
@@ -290,14 +292,14 @@ def diagnostics(policy_loss, kl, log_ratio, advantages, clip_range):
 # === checkpoint ===
 
 
-@runs.uninterrupted()
+@report.uninterrupted()
 def save_checkpoint(run_dir, transformer, optimizer, progress):
     """Weights, optimiser and progress in checkpoint/, to go on with; the weights alone in diffusers' format,
     in lora/ (for load_lora_weights) or transformer/ (for from_pretrained).
     """
     weights = {name: p.detach() for name, p in transformer.named_parameters() if p.requires_grad}
     state = {"progress": progress, "weights": weights, "optimizer": optimizer.state_dict()}
-    runs.write_state(run_dir / "checkpoint" / "state.pt", state)
+    report.write_state(run_dir / "checkpoint" / "state.pt", state)
     if hasattr(transformer, "peft_config"):
         # without this metadata diffusers loads the LoRA with alpha = rank: other images, and no error
         metadata = {"transformer_lora_adapter_metadata": transformer.peft_config["default"].to_dict()}
@@ -324,13 +326,13 @@ def load_checkpoint(run_dir, transformer, optimizer):
 
 def train(args):
     """Runs or resumes an experiment; returns the run's folder."""
-    args, run_dir = runs.open_run(Args, args, __file__)
+    args, run_dir = report.open_run(Args, args, __file__)
     # the place of a second family, FLUX: load_model, encode_prompts, decode and predict_velocity differ
-    runs.check_args(args, families=["StableDiffusion3Pipeline"])
+    report.check_args(args, families=["StableDiffusion3Pipeline"])
     if args.num_images_per_prompt % 2 or args.churn_weight < 0:
         raise BadInput("--num-images-per-prompt must be even, for pairs, and --churn-weight not negative")
-    files = rewards.load_prompt_files(args.prompts, args.eval_prompts)
-    device, dtype, rank, world_size = runs.open_device(args)
+    files = load_prompt_files(args.prompts, args.eval_prompts)
+    device, dtype, rank, world_size = report.open_device(args)
     reward = rewards.build(args.rewards, *(sum(parts, []) for parts in zip(*files.values())), device)
     prompts, metadata = files.pop("train")
 
@@ -355,7 +357,7 @@ def train(args):
         return decode(pipe, churned_rollout(velocity_for(texts), noise, eval_sigmas, churn.to(device))[0])
 
     progress = load_checkpoint(run_dir, transformer, optimizer) if args.resume else {"iteration": -1}
-    report = runs.Report(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
+    log = report.Report(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
     U, P, K = args.num_updates_per_iteration, args.num_prompts_per_iteration, args.num_images_per_prompt
     B, T, M = P * K // world_size, args.num_inference_steps, args.micro_batch_size  # B: of this process
     images = range(rank * B, (rank + 1) * B)
@@ -364,7 +366,7 @@ def train(args):
     for p in parameters:
         p.grad = torch.zeros_like(p)  # a process may have no tuple of an update
     for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):  # 0: the base model
-        row, clock = {"iteration": iteration, "charts/num_images": iteration * P * K}, runs.Clock(device)
+        row, clock = {"iteration": iteration, "charts/num_images": iteration * P * K}, report.Clock(device)
         if iteration > 0:
             # 1. prompts and noises
             drawn = draw_prompts(len(prompts), P, args.seed, iteration)
@@ -385,8 +387,8 @@ def train(args):
 
             # 4. differences of pairs
             x_0, states, velocities = (torch.cat(parts) for parts in zip(*samples))
-            scores = {name: rewards.gather(torch.cat([s[name] for s in scores])) for name in scores[0]}
-            row |= runs.reward_metrics(scores, K)
+            scores = {name: gather(torch.cat([s[name] for s in scores])) for name in scores[0]}
+            row |= report.reward_metrics(scores, K)
             direction, dR = finite_difference(x_0, scores["reward"].split(B)[rank].to(device))
 
             # 5. to 7. loss and optimiser steps
@@ -426,16 +428,16 @@ def train(args):
         results, last = {}, iteration == args.num_iterations
         if iteration % args.eval_every == 0 or last:
             for name, rows in files.items():
-                results[name] = (*rows, *rewards.evaluate(sample_ode, *rows, reward, args.micro_batch_size))
+                results[name] = (*rows, *evaluate(sample_ode, *rows, reward, args.micro_batch_size))
             clock.stop("evaluate")
         if rank == 0:
-            report.write(row | clock.metrics(P * K), results)
+            log.write(row | clock.metrics(P * K), results)
             if iteration % args.save_every == 0 or last:
                 save_checkpoint(run_dir, transformer, optimizer, {"iteration": iteration})
     if rank == 0:
-        report.close()
+        log.close()
     return run_dir
 
 
 if __name__ == "__main__":
-    runs.main(train, tyro.cli(Args))
+    command_line.main(train, tyro.cli(Args))

@@ -44,7 +44,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from tqdm import tqdm
 
 import rewards
-from rewards import BadInput, runs
+from rewards import BadInput, command_line, report
+from rewards.prompts import load_prompt_files
+from rewards.report.evaluation import evaluate, gather
 
 
 @dataclasses.dataclass
@@ -305,14 +307,14 @@ def diagnostics(policy_loss, kl, log_ratio, advantages, clip_range):
 # === checkpoint ===
 
 
-@runs.uninterrupted()
+@report.uninterrupted()
 def save_checkpoint(run_dir, transformer, optimizer, progress):
     """Weights, optimiser and progress in checkpoint/, to go on with; the weights alone in diffusers' format,
     in lora/ (for load_lora_weights) or transformer/ (for from_pretrained).
     """
     weights = {name: p.detach() for name, p in transformer.named_parameters() if p.requires_grad}
     state = {"progress": progress, "weights": weights, "optimizer": optimizer.state_dict()}
-    runs.write_state(run_dir / "checkpoint" / "state.pt", state)
+    report.write_state(run_dir / "checkpoint" / "state.pt", state)
     if hasattr(transformer, "peft_config"):
         # without this metadata diffusers loads the LoRA with alpha = rank: other images, and no error
         metadata = {"transformer_lora_adapter_metadata": transformer.peft_config["default"].to_dict()}
@@ -339,11 +341,11 @@ def load_checkpoint(run_dir, transformer, optimizer):
 
 def train(args):
     """Runs or resumes an experiment; returns the run's folder."""
-    args, run_dir = runs.open_run(Args, args, __file__)
+    args, run_dir = report.open_run(Args, args, __file__)
     # the place of a second family, FLUX: load_model, encode_prompts, decode and predict_velocity differ
-    runs.check_args(args, families=["StableDiffusion3Pipeline"])
-    files = rewards.load_prompt_files(args.prompts, args.eval_prompts)
-    device, dtype, rank, world_size = runs.open_device(args)
+    report.check_args(args, families=["StableDiffusion3Pipeline"])
+    files = load_prompt_files(args.prompts, args.eval_prompts)
+    device, dtype, rank, world_size = report.open_device(args)
     reward = rewards.build(args.rewards, *(sum(parts, []) for parts in zip(*files.values())), device)
     prompts, metadata = files.pop("train")
 
@@ -369,7 +371,7 @@ def train(args):
         return decode(pipe, rollout(velocity_for(texts), noise, eval_sigmas, (), 0.0, "flow")[0])
 
     progress = load_checkpoint(run_dir, transformer, optimizer) if args.resume else {"iteration": -1}
-    report = runs.Report(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
+    log = report.Report(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
     U, P, K = args.num_updates_per_iteration, args.num_prompts_per_iteration, args.num_images_per_prompt
     # the prompts of an update are the same for any number of processes; a process has whole groups of each
     own = np.arange(P).reshape(U, world_size, -1)[:, rank].flatten().tolist()
@@ -379,7 +381,7 @@ def train(args):
     M, starts = args.micro_batch_size, range(0, B, share)
     updates = [[slice(j, min(j + M, i + share)) for j in range(i, i + share, M)] for i in starts]
     for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):  # 0: the base model
-        row, clock = {"iteration": iteration, "charts/num_images": iteration * P * K}, runs.Clock(device)
+        row, clock = {"iteration": iteration, "charts/num_images": iteration * P * K}, report.Clock(device)
         if iteration > 0:
             # 1. prompts and noises
             drawn = draw_prompts(len(prompts), P, args.seed, iteration)
@@ -399,8 +401,8 @@ def train(args):
                 clock.stop("reward")
 
             # 4. advantages, from the rewards of all processes
-            scores = {name: rewards.gather(torch.cat([s[name] for s in scores])) for name in scores[0]}
-            row |= runs.reward_metrics(scores, K)
+            scores = {name: gather(torch.cat([s[name] for s in scores])) for name in scores[0]}
+            row |= report.reward_metrics(scores, K)
             advantages = group_advantages(scores["reward"].view(P, K), args.advantage_std)
             advantages = advantages.flatten().split(B)[rank].to(device)
 
@@ -440,16 +442,16 @@ def train(args):
         results, last = {}, iteration == args.num_iterations
         if iteration % args.eval_every == 0 or last:
             for name, rows in files.items():
-                results[name] = (*rows, *rewards.evaluate(sample_ode, *rows, reward, args.micro_batch_size))
+                results[name] = (*rows, *evaluate(sample_ode, *rows, reward, args.micro_batch_size))
             clock.stop("evaluate")
         if rank == 0:
-            report.write(row | clock.metrics(P * K), results)
+            log.write(row | clock.metrics(P * K), results)
             if iteration % args.save_every == 0 or last:
                 save_checkpoint(run_dir, transformer, optimizer, {"iteration": iteration})
     if rank == 0:
-        report.close()
+        log.close()
     return run_dir
 
 
 if __name__ == "__main__":
-    runs.main(train, tyro.cli(Args))
+    command_line.main(train, tyro.cli(Args))

@@ -40,7 +40,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, Qwen
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import rewards
-from rewards import BadInput, hub, runs
+from rewards import BadInput, command_line, report
+from rewards.prompts import load_prompt_files
+from rewards.report.evaluation import evaluate, gather
+from rewards.weights import from_hub
 
 
 @dataclasses.dataclass
@@ -101,7 +104,7 @@ def load_pipeline(args, device, dtype):
     if pipe.scheduler.config.get("prediction_type", "epsilon") != "epsilon":
         raise BadInput(f"--model {args.model} predicts neither noise nor velocity of a flow")
     if args.flow_lora:
-        hub.from_hub(pipe.load_lora_weights, args.flow_lora)
+        from_hub(pipe.load_lora_weights, args.flow_lora)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
@@ -115,10 +118,10 @@ def load_pipeline(args, device, dtype):
 
 def load_lm(args, device, dtype):
     """(tokenizer, lm, reference) of the rewriter; see load_model. Its vision tower is never trained."""
-    if hub.from_hub(PreTrainedConfig.get_config_dict, args.lm)[0].get("model_type") != "qwen2_5_vl":
+    if from_hub(PreTrainedConfig.get_config_dict, args.lm)[0].get("model_type") != "qwen2_5_vl":
         raise BadInput(f"--lm {args.lm} is no Qwen2.5-VL, the only family supported")
-    tokenizer = hub.from_hub(AutoTokenizer.from_pretrained, args.lm, padding_side="left")
-    lm = hub.from_hub(Qwen2_5_VLForConditionalGeneration.from_pretrained, args.lm, dtype=dtype).to(device)
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, args.lm, padding_side="left")
+    lm = from_hub(Qwen2_5_VLForConditionalGeneration.from_pretrained, args.lm, dtype=dtype).to(device)
     lm.requires_grad_(False).eval()
     end, pad, reference = tokenizer.eos_token_id, tokenizer.pad_token_id, None
     # not the hub's top_k and repetition penalty: what is sampled is what is trained. A sampled image token
@@ -388,12 +391,12 @@ def policy_loss(policy, reference, dialogue, advantages, args):
 # === checkpoint ===
 
 
-@runs.uninterrupted()
+@report.uninterrupted()
 def save_policy(run_dir, policy, optimizer, progress):
     """checkpoint/ to go on with; the policy in lm_lora/ (peft) or lm/ (transformers, a --lm for others)."""
     weights = {name: p.detach() for name, p in policy[0].named_parameters() if p.requires_grad}
     state = {"progress": progress, "weights": weights, "optimizer": optimizer.state_dict()}
-    runs.write_state(run_dir / "checkpoint" / "state.pt", state)
+    report.write_state(run_dir / "checkpoint" / "state.pt", state)
     for part in policy:
         part.save_pretrained(run_dir / ("lm_lora" if hasattr(policy[0], "peft_config") else "lm"))
 
@@ -415,20 +418,20 @@ def load_checkpoint(run_dir, transformer, optimizer):
 
 def train(args):
     """Runs, resumes or evaluates an experiment; returns the run's folder."""
-    args, run_dir = runs.open_run(Args, args, __file__)
+    args, run_dir = report.open_run(Args, args, __file__)
     if args.evaluate:  # all that concerns the policy is its run's
-        saved, _ = runs.open_run(Args, Args(resume=args.evaluate), __file__)
+        saved, _ = report.open_run(Args, Args(resume=args.evaluate), __file__)
         names = "lm lm_lora_rank ask preview_size max_new_tokens".split()
         args = dataclasses.replace(args, num_iterations=0, **{name: getattr(saved, name) for name in names})
-    runs.check_args(args, ["StableDiffusion3Pipeline", "StableDiffusionXLPipeline", "FluxPipeline"])
-    files = rewards.load_prompt_files(args.prompts, args.eval_prompts)
-    device, dtype, rank, world_size = runs.open_device(args)
+    report.check_args(args, ["StableDiffusion3Pipeline", "StableDiffusionXLPipeline", "FluxPipeline"])
+    files = load_prompt_files(args.prompts, args.eval_prompts)
+    device, dtype, rank, world_size = report.open_device(args)
     reward = rewards.build(args.rewards, *(sum(parts, []) for parts in zip(*files.values())), device)
     prompts, metadata = files.pop("train")
 
     torch.manual_seed(args.seed)  # the LoRA's first weights
     tokenizer, lm, reference = load_lm(args, device, dtype)
-    policy = lm, tokenizer, hub.from_hub(Qwen2VLImageProcessorPil.from_pretrained, args.lm)
+    policy = lm, tokenizer, from_hub(Qwen2VLImageProcessorPil.from_pretrained, args.lm)
     pipe, size, shape = load_pipeline(args, device, dtype)
     weights = [p for p in lm.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=1e-4)
@@ -468,10 +471,10 @@ def train(args):
     progress = load_checkpoint(run_dir, lm, optimizer) if args.resume else {"iteration": -1}
     if args.evaluate:
         load_checkpoint(Path(args.evaluate), lm, optimizer)
-    report = runs.Report(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
+    log = report.Report(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
     images = range(rank * B, (rank + 1) * B)  # of this process, whole groups
     for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):  # 0: before training
-        row, clock = {"iteration": iteration, "charts/num_images": iteration * P * K}, runs.Clock(device)
+        row, clock = {"iteration": iteration, "charts/num_images": iteration * P * K}, report.Clock(device)
         if iteration > 0:
             # 1. prompts, and when they are refined
             drawn = draw_prompts(len(prompts), P, args.seed, iteration)
@@ -497,11 +500,11 @@ def train(args):
                     stats += zip(formed, dialogue[3].sum(1).tolist(), cut)
 
             # 5. advantages, from the rewards of all processes
-            scores = {name: rewards.gather(torch.cat([s[name] for s in scores])) for name in scores[0]}
-            stats = rewards.gather(torch.tensor(stats, dtype=torch.float32))
+            scores = {name: gather(torch.cat([s[name] for s in scores])) for name in scores[0]}
+            stats = gather(torch.tensor(stats, dtype=torch.float32))
             names = "format_rate reply_tokens truncated_fraction".split()
             row |= {f"charts/{name}": value for name, value in zip(names, stats.mean(0).tolist())}
-            row |= runs.reward_metrics(scores, K)
+            row |= report.reward_metrics(scores, K)
             advantages = group_advantages(scores["reward"].view(P, K), "group")
             advantages = advantages.flatten().split(B)[rank].to(device)
 
@@ -532,18 +535,18 @@ def train(args):
                 for mode in ("", "_loop", "_apriori")[iteration > 0 :]:  # "": the prompts as they are, once
                     key, films = name + mode, []
                     show = partial(sample_eval, mode, films)
-                    results[key] = (*rows, *rewards.evaluate(show, *rows, reward, M))
+                    results[key] = (*rows, *evaluate(show, *rows, reward, M))
                     if rank == 0 and key == "eval_loop":
-                        runs.save_films(run_dir, iteration, films, *results[key])
+                        report.save_films(run_dir, iteration, films, *results[key])
             clock.stop("evaluate")
         if rank == 0:
-            report.write(row | clock.metrics(P * K), results)
+            log.write(row | clock.metrics(P * K), results)
             if (iteration % args.save_every == 0 or last) and not args.evaluate:
                 save_policy(run_dir, policy, optimizer, {"iteration": iteration})
     if rank == 0:
-        report.close()
+        log.close()
     return run_dir
 
 
 if __name__ == "__main__":
-    runs.main(train, tyro.cli(Args))
+    command_line.main(train, tyro.cli(Args))

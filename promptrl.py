@@ -42,7 +42,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 
 import rewards
-from rewards import BadInput, hub, runs
+from rewards import BadInput, command_line, report
+from rewards.prompts import load_prompt_files
+from rewards.report.evaluation import evaluate, gather
+from rewards.weights import from_hub
 
 
 @dataclasses.dataclass
@@ -123,10 +126,10 @@ def load_model(args, device, dtype):
 
 def load_lm(args, device, dtype):
     """(tokenizer, lm, reference) of the rewriter; see load_model. Its vision tower is never trained."""
-    if hub.from_hub(PreTrainedConfig.get_config_dict, args.lm)[0].get("model_type") != "qwen2_5_vl":
+    if from_hub(PreTrainedConfig.get_config_dict, args.lm)[0].get("model_type") != "qwen2_5_vl":
         raise BadInput(f"--lm {args.lm} is no Qwen2.5-VL, the only family supported")
-    tokenizer = hub.from_hub(AutoTokenizer.from_pretrained, args.lm, padding_side="left")
-    lm = hub.from_hub(Qwen2_5_VLForConditionalGeneration.from_pretrained, args.lm, dtype=dtype).to(device)
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, args.lm, padding_side="left")
+    lm = from_hub(Qwen2_5_VLForConditionalGeneration.from_pretrained, args.lm, dtype=dtype).to(device)
     lm.requires_grad_(False).eval()
     end, pad, reference = tokenizer.eos_token_id, tokenizer.pad_token_id, None
     # not the hub's top_k and repetition penalty: what is sampled is what is trained. A sampled image token
@@ -407,13 +410,13 @@ def lm_loss(lm, reference, dialogue, advantages, kl_coef):
 # === checkpoint ===
 
 
-@runs.uninterrupted()
+@report.uninterrupted()
 def save_models(run_dir, transformer, lm, tokenizer, optimizer, progress):
     """checkpoint/ to go on with; lora/, transformer/ (diffusers), lm_lora/ (peft), lm/ (transformers)."""
     state = {"progress": progress, "optimizer": optimizer.state_dict()}
     for name, model in (("transformer", transformer), ("lm", lm)):
         state[name] = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad} if model else {}
-    runs.write_state(run_dir / "checkpoint" / "state.pt", state)
+    report.write_state(run_dir / "checkpoint" / "state.pt", state)
     if state["transformer"] and hasattr(transformer, "peft_config"):
         # without this metadata diffusers loads the LoRA with alpha = rank: other images, and no error
         metadata = {"transformer_lora_adapter_metadata": transformer.peft_config["default"].to_dict()}
@@ -444,16 +447,16 @@ def load_models(run_dir, transformer, lm, optimizer):
 
 def train(args):
     """Runs or resumes an experiment; returns the run's folder."""
-    args, run_dir = runs.open_run(Args, args, __file__)
+    args, run_dir = report.open_run(Args, args, __file__)
     # the place of a second family, FLUX: load_model, encode_prompts, decode and predict_velocity differ
-    runs.check_args(args, families=["StableDiffusion3Pipeline"])
+    report.check_args(args, families=["StableDiffusion3Pipeline"])
     P, K, m = args.num_prompts_per_iteration, args.num_images_per_prompt, args.num_original_prompts
     if not 0 <= m <= K - (args.trained == "lm"):
         raise BadInput(f"--num-original-prompts {m} must be 0 to {K}, and with --trained lm less than {K}")
     if "{prompt}" not in args.instruction or args.max_new_tokens < 1:
         raise BadInput("--instruction must have {prompt} in it, and --max-new-tokens be at least 1")
-    files = rewards.load_prompt_files(args.prompts, args.eval_prompts)
-    device, dtype, rank, world_size = runs.open_device(args)
+    files = load_prompt_files(args.prompts, args.eval_prompts)
+    device, dtype, rank, world_size = report.open_device(args)
     reward = rewards.build(args.rewards, *(sum(parts, []) for parts in zip(*files.values())), device)
     prompts, metadata = files.pop("train")
 
@@ -487,7 +490,7 @@ def train(args):
         return sample_ode(answers, rows)
 
     progress = load_models(run_dir, transformer, lm, optimizer) if args.resume else {"iteration": -1}
-    report = runs.Report(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
+    log = report.Report(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
     B, M, N = P * K // world_size, args.micro_batch_size, args.max_new_tokens
     images = range(rank * B, (rank + 1) * B)  # whole groups
     # the same micro-batches in rollout and loss: kernels differ with the batch size, so would the first ratio
@@ -497,7 +500,7 @@ def train(args):
     # the noisy steps come first; when the flow model is frozen it samples as it will be used
     window = range(args.sde_window or args.num_inference_steps - 1) if weights[0] else ()
     for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):  # 0: the base models
-        row, clock = {"iteration": iteration, "charts/num_images": iteration * P * K}, runs.Clock(device)
+        row, clock = {"iteration": iteration, "charts/num_images": iteration * P * K}, report.Clock(device)
         if iteration > 0:
             # 1. prompts and rewrites
             drawn = draw_prompts(len(prompts), P, args.seed, iteration)
@@ -526,14 +529,14 @@ def train(args):
                 clock.stop("reward")
 
             # 4. advantages, from the rewards of all processes
-            scores = {name: rewards.gather(torch.cat([s[name] for s in scores])) for name in scores[0]}
-            stats = rewards.gather(torch.tensor(stats, dtype=torch.float32)).view(P, K - m, 4)
+            scores = {name: gather(torch.cat([s[name] for s in scores])) for name in scores[0]}
+            stats = gather(torch.tensor(stats, dtype=torch.float32)).view(P, K - m, 4)
             values = scores["reward"].view(P, K)
             names = "format_rate reply_tokens truncated_fraction distinct_fraction".split()
             row |= {f"charts/{name}": value for name, value in zip(names, stats.mean((0, 1)).tolist()) if lm}
             parts = {"rewrites": values[:, : K - m], "originals": values[:, K - m :]}
             row |= {f"charts/reward_{k}": v.nanmean().item() for k, v in parts.items() if v.numel()}
-            row |= runs.reward_metrics(scores, K)
+            row |= report.reward_metrics(scores, K)
             total = add_format_reward(values, stats[:, :, 0], args.format_coef)
             advantages = group_advantages(total, "group").flatten().split(B)[rank].to(device)
 
@@ -578,20 +581,20 @@ def train(args):
         results, last = {}, iteration == args.num_iterations
         if iteration % args.eval_every == 0 or last:
             for name, rows in files.items():
-                results[name] = (*rows, *rewards.evaluate(sample_ode, *rows, reward, M))
+                results[name] = (*rows, *evaluate(sample_ode, *rows, reward, M))
                 if lm:
                     titles = dict(enumerate(rows[0]))  # of the picture; a process fills in its own rewrites
-                    evaluated = rewards.evaluate(sample_enhanced, *rows, reward, M)
+                    evaluated = evaluate(sample_enhanced, *rows, reward, M)
                     results[name + "_enhanced"] = (titles, rows[1], *evaluated)
             clock.stop("evaluate")
         if rank == 0:
-            report.write(row | clock.metrics(P * K), results)
+            log.write(row | clock.metrics(P * K), results)
             if iteration % args.save_every == 0 or last:
                 save_models(run_dir, transformer, lm, tokenizer, optimizer, {"iteration": iteration})
     if rank == 0:
-        report.close()
+        log.close()
     return run_dir
 
 
 if __name__ == "__main__":
-    runs.main(train, tyro.cli(Args))
+    command_line.main(train, tyro.cli(Args))

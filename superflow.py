@@ -40,7 +40,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from tqdm import tqdm
 
 import rewards
-from rewards import BadInput, runs
+from rewards import BadInput, command_line, report
+from rewards.prompts import load_prompt_files
+from rewards.report.evaluation import evaluate, gather
 
 
 @dataclasses.dataclass
@@ -325,14 +327,14 @@ def diagnostics(policy_loss, kl, log_ratio, advantages, clip_range):
 # === checkpoint ===
 
 
-@runs.uninterrupted()
+@report.uninterrupted()
 def save_checkpoint(run_dir, transformer, optimizer, progress):
     """Weights, optimiser and progress in checkpoint/, to go on with; the weights alone in diffusers' format,
     in lora/ (for load_lora_weights) or transformer/ (for from_pretrained).
     """
     weights = {name: p.detach() for name, p in transformer.named_parameters() if p.requires_grad}
     state = {"progress": progress, "weights": weights, "optimizer": optimizer.state_dict()}
-    runs.write_state(run_dir / "checkpoint" / "state.pt", state)
+    report.write_state(run_dir / "checkpoint" / "state.pt", state)
     if hasattr(transformer, "peft_config"):
         # without this metadata diffusers loads the LoRA with alpha = rank: other images, and no error
         metadata = {"transformer_lora_adapter_metadata": transformer.peft_config["default"].to_dict()}
@@ -359,14 +361,14 @@ def load_checkpoint(run_dir, transformer, optimizer):
 
 def train(args):
     """Runs or resumes an experiment; returns the run's folder."""
-    args, run_dir = runs.open_run(Args, args, __file__)
-    runs.check_args(args, families=["StableDiffusion3Pipeline"])
+    args, run_dir = report.open_run(Args, args, __file__)
+    report.check_args(args, families=["StableDiffusion3Pipeline"])
     if not 1 <= args.num_bins <= args.num_images_per_prompt or args.pool < 1:
         raise BadInput("--num-bins must be 1 to --num-images-per-prompt, and --pool at least 1")
     if not 0 <= args.forgetting < 1 or args.start_images < 0:
         raise BadInput("--forgetting must be at least 0 and below 1, and --start-images at least 0")
-    files = rewards.load_prompt_files(args.prompts, args.eval_prompts)
-    device, dtype, rank, world_size = runs.open_device(args)
+    files = load_prompt_files(args.prompts, args.eval_prompts)
+    device, dtype, rank, world_size = report.open_device(args)
     reward = rewards.build(args.rewards, *(sum(parts, []) for parts in zip(*files.values())), device)
     prompts, metadata = files.pop("train")
 
@@ -392,7 +394,7 @@ def train(args):
         return decode(pipe, rollout(velocity_for(texts), noise, eval_sigmas, (), 0.0, "flow")[0])
 
     progress = load_checkpoint(run_dir, transformer, optimizer) if args.resume else {"iteration": -1}
-    report = runs.Report(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
+    log = report.Report(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
     U, P, K = args.num_updates_per_iteration, args.num_prompts_per_iteration, args.num_images_per_prompt
     # the prompts of an update are the same for any number of processes; a process has whole groups of each
     order = torch.arange(P).view(U, world_size, -1).transpose(0, 1).reshape(world_size, -1)
@@ -400,10 +402,10 @@ def train(args):
     weights = step_weights([step(0.0, 0.0, i)[1] for i in range(args.num_inference_steps - 1)])
     weights = weights if args.step_credit else [1.0 for _ in weights]
     for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):  # 0: the base model
-        row, clock, B = {"iteration": iteration}, runs.Clock(device), 0
+        row, clock, B = {"iteration": iteration}, report.Clock(device), 0
         if iteration == 0:
             # 1. the tracker's start: as in SPO, n images and half of each outcome, weighing 1 / (1 - rho)
-            scores, _ = rewards.evaluate(sample_ode, prompts * n, metadata * n, reward, M)
+            scores, _ = evaluate(sample_ode, prompts * n, metadata * n, reward, M)
             values = torch.tensor([scores["reward"][j] for j in range(n * N)])
             counts = torch.full((N, 2), 0.5, dtype=torch.float64)
             counts = update_tracker(counts, torch.arange(N).repeat(n), values, forgetting=1.0)
@@ -436,10 +438,10 @@ def train(args):
                 clock.stop("reward")
 
             # 5. and 7. advantages, from the rewards of all processes and the tracker before it sees them
-            scores = {name: rewards.gather(torch.cat([s[name] for s in scores])) for name in scores[0]}
+            scores = {name: gather(torch.cat([s[name] for s in scores])) for name in scores[0]}
             values, B = scores["reward"], int(sizes.sum())  # (B,)
             sizes, rows = sizes[order.view(-1)], drawn[order.view(-1)]  # (P,), in the order of the processes
-            row |= runs.reward_metrics(scores, sizes.tolist()) | {"charts/group_size": B / P}
+            row |= report.reward_metrics(scores, sizes.tolist()) | {"charts/group_size": B / P}
             means = torch.stack([group.nanmean() for group in values.split(sizes.tolist())])  # (P,)
             row["charts/value_error"] = (value[rows] - means).abs().nanmean().item()
             baseline = value[rows] if args.baseline == "tracker" else means
@@ -485,16 +487,16 @@ def train(args):
         results, last = {}, iteration == args.num_iterations
         if iteration % args.eval_every == 0 or last:
             for name, rows in files.items():
-                results[name] = (*rows, *rewards.evaluate(sample_ode, *rows, reward, args.micro_batch_size))
+                results[name] = (*rows, *evaluate(sample_ode, *rows, reward, args.micro_batch_size))
             clock.stop("evaluate")
         if rank == 0:
-            report.write(row | clock.metrics(B), results)
+            log.write(row | clock.metrics(B), results)
             if iteration % args.save_every == 0 or last:
                 save_checkpoint(run_dir, transformer, optimizer, progress)
     if rank == 0:
-        report.close()
+        log.close()
     return run_dir
 
 
 if __name__ == "__main__":
-    runs.main(train, tyro.cli(Args))
+    command_line.main(train, tyro.cli(Args))

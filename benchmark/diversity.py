@@ -20,7 +20,7 @@ from diffusers import SD3Transformer2DModel
 
 import flow_grpo
 import rewards
-from rewards.shapes import detect
+from rewards.tiny_world.shapes import detect
 
 COUNT, STEPS = 16, 10
 
@@ -37,7 +37,9 @@ def diversity(transformer_folder):
     pipe, transformer, _ = flow_grpo.load_model(flow_grpo.Args(), torch.device("cpu"), torch.float32)
     if transformer_folder:
         transformer = SD3Transformer2DModel.from_pretrained(transformer_folder)
-    prompts = sorted(set(rewards.load_prompts("tiny/prompts/eval.jsonl")[0]), key=lambda p: (len(p), p))[:24]
+    prompts = sorted(
+        set(rewards.prompts.load_prompts("tiny/prompts/eval.jsonl")[0]), key=lambda p: (len(p), p)
+    )[:24]
     sigmas = flow_grpo.get_sigmas(pipe.scheduler, STEPS)
     pixels, places, colors = [], [], []
     for row, prompt in enumerate(prompts):

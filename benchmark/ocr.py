@@ -22,8 +22,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmark.run import RESULTS, ROOT, processor
-from rewards.ocr import OCR
-from rewards.ppocr import Reader, make_engine
+from rewards.ocr.engine import Reader, make_engine
+from rewards.ocr.reward import OCR
 
 
 def render(number):

@@ -20,7 +20,7 @@ import tyro
 
 import flow_grpo
 from benchmark.run import RESULTS, processor
-from rewards.runs import Report
+from rewards.report import Report
 
 ITERATIONS = 12  # the first two warm up and are left out
 
@@ -60,7 +60,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         args = tyro.cli(flow_grpo.Args, args=[*sys.argv[1:], "--output-dir", folder])
         args.num_iterations, args.eval_every, args.save_every = ITERATIONS, 1000, 1000
-        files = flow_grpo.rewards.load_prompt_files(args.prompts, args.eval_prompts)
+        files = flow_grpo.rewards.prompts.load_prompt_files(args.prompts, args.eval_prompts)
         prompts, metadata = files["train"]
         reward = flow_grpo.rewards.build(args.rewards, prompts, metadata, "cpu")
         pipe, transformer, _ = flow_grpo.load_model(args, torch.device("cpu"), torch.float32)

@@ -20,7 +20,7 @@ LINES = 320  # of each kind in training: what GenEval has without its single obj
 def kinds(split):
     """{reward: metadata of the prompts that it judges, tagged}, of `train` or `eval`."""
     geneval, text = (
-        rewards.load_prompts(PROMPTS / name)[1] for name in (f"{split}.jsonl", f"text_{split}.jsonl")
+        rewards.prompts.load_prompts(PROMPTS / name)[1] for name in (f"{split}.jsonl", f"text_{split}.jsonl")
     )
     single = [row for row in geneval if row["tag"] == "single_object"]
     rows = {"geneval": [row for row in geneval if row not in single], "ocr": text, "jpeg": single}

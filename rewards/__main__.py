@@ -20,7 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import rewards
-from rewards import BadInput, runs
+from rewards import BadInput, command_line, report
+from rewards.prompts import load_prompts
 
 
 @dataclasses.dataclass
@@ -70,7 +71,7 @@ def main(args):
     """Scores the images, prints the means as a table and as a last line of JSON."""
     if args.output and not args.output.parent.is_dir():
         raise BadInput(f"--output {args.output}: there is no folder {args.output.parent}")
-    prompts, metadata = rewards.load_prompts(args.prompts)
+    prompts, metadata = load_prompts(args.prompts)
     paths, rows = find_images(args.images, len(prompts))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reward = rewards.build(",".join(args.rewards), prompts, metadata, device)
@@ -79,12 +80,14 @@ def main(args):
         batch = slice(start, start := start + len(images))
         for name, values in reward.details(images.to(device), prompts[batch], metadata[batch]).items():
             scores.setdefault(name, {}).update(zip(range(batch.start, start), values.tolist()))
-    means = runs.summarise(scores, metadata, "")
+    means = report.summarise(scores, metadata, "")
     names = list(scores)[len(reward.parts) == 1 :]  # the first, "reward", is the sum
     table = {name: {"all": means.get(f"eval/{name}", math.nan)} for name in names}
     for name, row in table.items():
         tags = {key.split("/")[2]: value for key, value in means.items() if key.startswith(f"eval/{name}/")}
-        row |= tags | ({"mean of tags": runs.mean(tags.values())} if tags else {})  # GenEval's overall score
+        row |= tags | (
+            {"mean of tags": report.mean(tags.values())} if tags else {}
+        )  # GenEval's overall score
     print(" " * 16 + "".join(f"{name:>18}" for name in table))
     for label in dict.fromkeys(label for row in table.values() for label in row):
         print(f"{label:16}" + "".join(f"{row.get(label, math.nan):18.4f}" for row in table.values()))
@@ -97,4 +100,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runs.main(main, tyro.cli(Args, prog="python -m rewards", description=__doc__))
+    command_line.main(main, tyro.cli(Args, prog="python -m rewards", description=__doc__))

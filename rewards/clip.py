@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from rewards.convert import from_open_clip, from_state, load_exactly, read_state
-from rewards.hub import file_from_hub, from_hub
+from rewards.weights import file_from_hub, from_hub, from_open_clip, from_state, load_exactly, read_state
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the ViT-H/14 that PickScore and HPSv2 started from

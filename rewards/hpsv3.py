@@ -22,9 +22,8 @@ from transformers import AutoConfig, Qwen2_5_VLModel, Qwen2VLModel
 
 from rewards import BadInput
 from rewards.clip import precision
-from rewards.convert import from_state, load_exactly, read_state
-from rewards.hub import file_from_hub, from_hub
 from rewards.vlm import ask, load_reader
+from rewards.weights import file_from_hub, from_hub, from_state, load_exactly, read_state
 
 MARK = "<|Reward|>"
 PIXELS = 256 * 28 * 28  # every image is scaled to this many

@@ -10,8 +10,7 @@ import torch
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from rewards.clip import linear_head, precision, preprocess
-from rewards.convert import from_state, load_exactly, read_state
-from rewards.hub import file_from_hub, from_hub
+from rewards.weights import file_from_hub, from_hub, from_state, load_exactly, read_state
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_LENGTH = 35  # tokens of the prompt; the rest is cut

@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from rewards import BadInput
 from rewards.clip import normalise, precision, resize
-from rewards.hub import from_hub
+from rewards.weights import from_hub
 
 IMAGE = "<|image_pad|>"  # stands in a chat for one patch of an image, after merging
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rewards import runs
+from rewards import report as runs
 
 
 @pytest.fixture

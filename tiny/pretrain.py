@@ -51,8 +51,8 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import rewards
-from rewards.glyphs import CHARACTERS
-from rewards.shapes import BACKGROUND
+from rewards.tiny_world.glyphs import CHARACTERS
+from rewards.tiny_world.shapes import BACKGROUND
 from tiny import vlm_world, world
 
 HERE = Path(__file__).parent
@@ -491,7 +491,7 @@ def evaluate(args):
     pipe.set_progress_bar_config(disable=True)
     for guidance in (1.0, 2.0):
         for name, spec in (("eval", "geneval"), ("eval_paraphrased", "geneval"), ("text_eval", "ocr")):
-            prompts, metadata = rewards.load_prompts(world.PROMPTS / f"{name}.jsonl")
+            prompts, metadata = rewards.prompts.load_prompts(world.PROMPTS / f"{name}.jsonl")
             reward, start, scores = rewards.build(spec, prompts, metadata, "cpu"), time.time(), {}
             for i in range(0, len(prompts), 64):
                 batch = slice(i, i + 64)
@@ -544,7 +544,7 @@ def evaluate_vlm(args):
     free = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
 
     for name in ("eval", "eval_paraphrased", "text_eval"):
-        prompts, metadata = rewards.load_prompts(world.PROMPTS / f"{name}.jsonl")
+        prompts, metadata = rewards.prompts.load_prompts(world.PROMPTS / f"{name}.jsonl")
         rows = list(dict(zip(prompts, range(len(prompts)))).values())[:: 1 if name != "text_eval" else 4]
         questions = [(None, vlm_world.REWRITE.format(prompt=prompts[row])) for row in rows]
         greedy = [answer_of(text) for text in answer(questions, do_sample=False)]

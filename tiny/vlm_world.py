@@ -18,8 +18,9 @@ from collections import Counter, namedtuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from rewards.geneval import TAGS, relative_position
-from rewards.shapes import PALETTE
+from rewards.geneval.detection import TAGS
+from rewards.geneval.rule import relative_position
+from rewards.tiny_world.shapes import PALETTE
 from tiny import world
 
 REWRITE = "Improve this image prompt: {prompt}. Answer inside <answer> </answer>."  # promptrl.py's default

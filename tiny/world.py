@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rewards.geneval import RELATIONS, TAGS, relative_position
-from rewards.glyphs import CHARACTERS, bitmap
-from rewards.shapes import BACKGROUND, CLASSES, PALETTE, inside
+from rewards.geneval.detection import RELATIONS, TAGS
+from rewards.geneval.rule import relative_position
+from rewards.tiny_world.glyphs import CHARACTERS, bitmap
+from rewards.tiny_world.shapes import BACKGROUND, CLASSES, PALETTE, inside
 
 SIZE = 64  # pixels
 RADIUS = (7, 10)  # half an object's box

@@ -17,10 +17,14 @@ from transformers import CLIPModel
 import flow_grpo
 import rewards
 from rewards import __main__ as score_folder
-from rewards import geneval, glyphs, hub, jpeg, ocr, runs, shapes
+from rewards import command_line, jpeg, report, weights
+from rewards.geneval import detection, rule
+from rewards.geneval import reward as geneval
+from rewards.ocr import reward as ocr
+from rewards.tiny_world import glyphs, shapes
 from tiny import world
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAN = float("nan")
 
 
@@ -47,7 +51,7 @@ def scene(text):
         x, y = map(int, centre.split(",")) if centre else (0, 0)
         color, _, name = words.rpartition(" ")
         box = (x - 10, y - 10, x + 10, y + 10)
-        detections.append(geneval.Detection(name, box, 1 - i / 100, color))
+        detections.append(detection.Detection(name, box, 1 - i / 100, color))
     return detections
 
 
@@ -130,13 +134,13 @@ SCORES = [  # asked, shown, official, strict, soft
 @pytest.mark.parametrize("asked, shown, official, strict, soft", SCORES)
 def test_geneval_scores_a_hand_made_table(asked, shown, official, strict, soft):
     detections, metadata = scene(shown), ASKED[asked]
-    assert geneval.passes(detections, metadata, exact=False) == bool(official)
-    assert geneval.passes(detections, metadata, exact=True) == bool(strict)
-    assert geneval.soft_score(detections, metadata) == pytest.approx(soft)
+    assert rule.passes(detections, metadata, exact=False) == bool(official)
+    assert rule.passes(detections, metadata, exact=True) == bool(strict)
+    assert rule.soft_score(detections, metadata) == pytest.approx(soft)
 
 
 def test_the_geneval_table_covers_every_tag():
-    assert {asked.split(",")[0] for asked, *_ in SCORES} == set(geneval.TAGS)
+    assert {asked.split(",")[0] for asked, *_ in SCORES} == set(detection.TAGS)
 
 
 @pytest.mark.parametrize(
@@ -158,23 +162,23 @@ def test_the_geneval_table_covers_every_tag():
     ],
 )
 def test_relative_position_follows_genevals_rule(a, b, relations):
-    assert geneval.relative_position(a, b) == relations
+    assert rule.relative_position(a, b) == relations
 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_at_most_sixteen_detections_of_a_class_count(exact):
-    crowd = scene("circle; " * (geneval.MAX_OBJECTS + 4) + "square")
-    assert geneval.MAX_OBJECTS == 16
-    assert geneval.passes(crowd, {"include": [ask("circle", 16), ask("square")]}, exact)
-    assert not geneval.passes(crowd, {"include": [ask("circle", 17)]}, exact)
-    assert geneval.soft_score(crowd, {"include": [ask("circle", 16)]}) == 1
+    crowd = scene("circle; " * (detection.MAX_OBJECTS + 4) + "square")
+    assert detection.MAX_OBJECTS == 16
+    assert rule.passes(crowd, {"include": [ask("circle", 16), ask("square")]}, exact)
+    assert not rule.passes(crowd, {"include": [ask("circle", 17)]}, exact)
+    assert rule.soft_score(crowd, {"include": [ask("circle", 16)]}) == 1
 
 
 def test_the_best_scored_object_comes_first_whatever_the_order():
     detections = scene("red circle; blue circle")
     for order in (detections, detections[::-1]):
-        assert geneval.passes(order, {"include": [ask("circle", color="red")]}, exact=False)
-        assert not geneval.passes(order, {"include": [ask("circle", color="blue")]}, exact=False)
+        assert rule.passes(order, {"include": [ask("circle", color="red")]}, exact=False)
+        assert not rule.passes(order, {"include": [ask("circle", color="blue")]}, exact=False)
 
 
 def test_the_geneval_reward_is_the_mean_of_soft_and_strict(scenes):
@@ -216,12 +220,12 @@ BAD_METADATA = [
 @pytest.mark.parametrize("metadata, said", BAD_METADATA)
 def test_check_metadata_says_what_is_wrong(metadata, said):
     with pytest.raises(ValueError, match=said):
-        geneval.check_metadata(metadata)
+        rule.check_metadata(metadata)
 
 
 @pytest.mark.parametrize("metadata", ASKED.values(), ids=ASKED)
 def test_check_metadata_accepts_good_rows(metadata):
-    geneval.check_metadata(metadata)
+    rule.check_metadata(metadata)
 
 
 # ---- ocr ----
@@ -313,7 +317,7 @@ def rectangles(*corners):
 def test_detect_is_exact_on_ground_truth_renders(scenes):
     rows, images = scenes
     passed = [
-        geneval.passes(found, content, exact=True) for found, (content, _) in zip(shapes.detect(images), rows)
+        rule.passes(found, content, exact=True) for found, (content, _) in zip(shapes.detect(images), rows)
     ]
     assert sum(passed) / len(passed) >= 0.995
 
@@ -512,7 +516,7 @@ def test_parse_spec_says_what_is_wrong(spec, said):
 
 def test_load_prompts_reads_txt(tmp_path):
     (tmp_path / "a.txt").write_text("a red circle\n\n  zwei Würfel  \n", encoding="utf-8")
-    prompts, metadata = rewards.load_prompts(tmp_path / "a.txt")
+    prompts, metadata = rewards.prompts.load_prompts(tmp_path / "a.txt")
     assert prompts == ["a red circle", "zwei Würfel"]
     assert metadata == [{"prompt": prompt} for prompt in prompts]
 
@@ -520,14 +524,14 @@ def test_load_prompts_reads_txt(tmp_path):
 def test_load_prompts_reads_jsonl(tmp_path):
     rows = [{"prompt": "a circle", "tag": "single_object", "include": [ask("circle")]}, {"prompt": "b"}]
     (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
-    assert rewards.load_prompts(str(tmp_path / "a.jsonl")) == (["a circle", "b"], rows)
+    assert rewards.prompts.load_prompts(str(tmp_path / "a.jsonl")) == (["a circle", "b"], rows)
 
 
 def test_a_line_of_jsonl_ends_at_a_newline_only(tmp_path):
     rows = [{"prompt": "a\u2028b"}, {"prompt": "c\u0085d"}]  # both are legal unescaped inside JSON strings
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "a.jsonl").write_text(text, encoding="utf-8")
-    assert rewards.load_prompts(tmp_path / "a.jsonl") == (["a\u2028b", "c\u0085d"], rows)
+    assert rewards.prompts.load_prompts(tmp_path / "a.jsonl") == (["a\u2028b", "c\u0085d"], rows)
 
 
 @pytest.mark.parametrize(
@@ -546,20 +550,20 @@ def test_load_prompts_says_what_is_wrong(tmp_path, name, text, said):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=said) as error:
-        rewards.load_prompts(tmp_path / name)
+        rewards.prompts.load_prompts(tmp_path / name)
     assert name in str(error.value)
 
 
 def test_load_prompt_files_finds_the_siblings(tmp_path):
     for name in ("my_train", "my_eval", "my_eval_paraphrased", "other"):
         (tmp_path / f"{name}.txt").write_text(name)
-    found = rewards.load_prompt_files(tmp_path / "my_train.txt")
+    found = rewards.prompts.load_prompt_files(tmp_path / "my_train.txt")
     assert {key: prompts for key, (prompts, _) in found.items()} == {
         "train": ["my_train"],
         "eval": ["my_eval"],
         "eval_paraphrased": ["my_eval_paraphrased"],
     }
-    found = rewards.load_prompt_files(str(tmp_path / "my_train.txt"), str(tmp_path / "other.txt"))
+    found = rewards.prompts.load_prompt_files(str(tmp_path / "my_train.txt"), str(tmp_path / "other.txt"))
     assert {key: prompts for key, (prompts, _) in found.items()} == {"train": ["my_train"], "eval": ["other"]}
 
 
@@ -567,9 +571,9 @@ def test_load_prompt_files_needs_an_evaluation_file(tmp_path):
     for name in ("prompts", "train"):
         (tmp_path / f"{name}.txt").write_text(name)
     with pytest.raises(ValueError, match="--eval-prompts.*train"):
-        rewards.load_prompt_files(tmp_path / "prompts.txt")
+        rewards.prompts.load_prompt_files(tmp_path / "prompts.txt")
     with pytest.raises(ValueError, match="eval.txt does not exist"):
-        rewards.load_prompt_files(tmp_path / "train.txt")
+        rewards.prompts.load_prompt_files(tmp_path / "train.txt")
 
 
 def images_with(row, value):
@@ -594,12 +598,14 @@ def images_with(row, value):
 )
 def test_check_images_names_the_mistake(images, num_prompts, num_rows, said):
     with pytest.raises(ValueError, match=said):
-        rewards.check_images(images, [""] * num_prompts, [{}] * num_rows)
+        rewards.weighted_sum.check_images(images, [""] * num_prompts, [{}] * num_rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_check_images_accepts_every_float_type(dtype):
-    rewards.check_images(torch.tensor([0.0, 0.5, 1.0], dtype=dtype).expand(2, 3, 4, 3), ["", ""], [{}, {}])
+    rewards.weighted_sum.check_images(
+        torch.tensor([0.0, 0.5, 1.0], dtype=dtype).expand(2, 3, 4, 3), ["", ""], [{}, {}]
+    )
 
 
 # ---- the weighted sum ----
@@ -627,7 +633,7 @@ def test_the_weighted_sum_equals_its_parts(scenes):
 def test_nan_in_a_part_makes_the_row_nan_and_only_it(scenes):
     images, prompts, metadata = scenes[1][:3], ['the text "K7"'] * 3, [{}] * 3
     fails_on_the_second = ocr.OCR(lambda images: ["K7", None, ""])
-    total = rewards.WeightedSum(
+    total = rewards.weighted_sum.WeightedSum(
         {"ocr": (fails_on_the_second, 0.5), "jpeg": (jpeg.make_compressibility(metadata, "cpu"), 1.0)}
     )
     details = total.details(images, prompts, metadata)
@@ -748,7 +754,7 @@ def test_a_row_with_a_tag_that_was_not_built_is_an_error_not_a_zero(size_and_ten
 def test_tags_load_and_split_as_written(tmp_path, size_and_ten):
     rows = [{"prompt": "prompt 0", "reward": "ten"}, {"prompt": "prompt 1"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    reward = rewards.build("size,ten", *rewards.load_prompts(tmp_path / "a.jsonl"))
+    reward = rewards.build("size,ten", *rewards.prompts.load_prompts(tmp_path / "a.jsonl"))
     assert reward.parts["size"][0].metadata == rows[1:]
 
 
@@ -778,7 +784,7 @@ def test_a_run_on_a_tagged_file(tmp_path):
 
 # ---- weights that are not there ----
 def make_unloadable(metadata, device, model="nobody/has-this"):
-    return hub.from_hub(CLIPModel.from_pretrained, model)
+    return weights.from_hub(CLIPModel.from_pretrained, model)
 
 
 @pytest.mark.parametrize(
@@ -791,7 +797,7 @@ def test_missing_weights_end_a_run_before_it_starts(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(flow_grpo, "load_model", lambda *_: pytest.fail("the pipeline was loaded"))
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stopped:
-        runs.main(flow_grpo.train, flow_grpo.Args(rewards=spec, output_dir=str(tmp_path / "runs")))
+        command_line.main(flow_grpo.train, flow_grpo.Args(rewards=spec, output_dir=str(tmp_path / "runs")))
     assert stopped.value.code == 2 and not (tmp_path / "runs").exists()
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and named in line
@@ -867,7 +873,7 @@ def test_find_images_refuses_to_guess(tmp_path, names, said):
 
 
 def run_score_folder(*words):
-    runs.main(score_folder.main, tyro.cli(score_folder.Args, args=[str(word) for word in words]))
+    command_line.main(score_folder.main, tyro.cli(score_folder.Args, args=[str(word) for word in words]))
 
 
 def test_a_folder_of_images_is_scored(tmp_path, capsys, scenes):
@@ -953,7 +959,7 @@ def test_mistakes_end_the_scoring_with_one_line(tmp_path, monkeypatch, capsys, n
 # ---- report ----
 @pytest.mark.parametrize("values, expected", [([1, 2, NAN, 6], 3), ([NAN], NAN), ([], NAN), ([0], 0)])
 def test_mean_leaves_nan_out(values, expected):
-    assert runs.mean(values) == pytest.approx(expected, nan_ok=True)
+    assert report.mean(values) == pytest.approx(expected, nan_ok=True)
 
 
 def test_summarise_gives_means_over_all_and_per_tag():
@@ -972,7 +978,7 @@ def test_summarise_gives_means_over_all_and_per_tag():
         "eval/jpeg/position": -1.0,
         "eval/jpeg/counting": NAN,
     }
-    assert runs.summarise(scores, metadata, "") == pytest.approx(expected, nan_ok=True)
+    assert report.summarise(scores, metadata, "") == pytest.approx(expected, nan_ok=True)
 
 
 def test_summarise_leaves_out_what_another_reward_judged():
@@ -983,7 +989,7 @@ def test_summarise_leaves_out_what_another_reward_judged():
         "jpeg": {0: NAN, 1: -4.0, 2: NAN, 3: NAN, 4: -2.0},
         "ocr": {0: NAN, 1: NAN, 3: NAN, 4: NAN},
     }
-    means = runs.summarise(scores, metadata, "")
+    means = report.summarise(scores, metadata, "")
     expected = {"eval/geneval": 0.5, "eval/geneval/colors": 0.5, "eval/geneval/text": NAN}
     expected |= {"eval/jpeg": -3.0, "eval/jpeg/text": -3.0}
     expected |= {"eval/reward": -5 / 4, "eval/reward/colors": 0.5, "eval/reward/text": -3.0}
@@ -997,7 +1003,7 @@ def test_reward_metrics_are_means_over_the_rows_a_reward_judged():
         "jpeg": torch.tensor([NAN, NAN, -8, -4] + 8 * [NAN]),
         "ocr": torch.full((12,), NAN),
     }
-    row = runs.reward_metrics(scores, [2] * 6)
+    row = report.reward_metrics(scores, [2] * 6)
     assert row["rewards/geneval"] == 2 and row["rewards/jpeg"] == -6 and "rewards/ocr" not in row
     assert row["charts/nan_fraction"] == pytest.approx(1 / 12)
     assert row["charts/reward_mean"] == pytest.approx(18 / 11)
@@ -1006,10 +1012,10 @@ def test_reward_metrics_are_means_over_the_rows_a_reward_judged():
 
 def test_the_runs_folder_is_named_after_the_first_reward(tmp_path):
     args = flow_grpo.Args(rewards="clipscore@org/name:0.5,jpeg", output_dir=str(tmp_path), seed=7)
-    run_dir = runs.open_run(flow_grpo.Args, args, "flow_grpo.py")[1]
+    run_dir = report.open_run(flow_grpo.Args, args, "flow_grpo.py")[1]
     assert run_dir.parent == tmp_path and run_dir.name.startswith("flow_grpo-clipscore-7-")
 
 
 def test_summarise_puts_the_suffix_before_the_tag():
-    means = runs.summarise({"reward": {0: 0.25}}, [{"tag": "colors"}], "_paraphrased")
+    means = report.summarise({"reward": {0: 0.25}}, [{"tag": "colors"}], "_paraphrased")
     assert means == {"eval/reward_paraphrased": 0.25, "eval/reward_paraphrased/colors": 0.25}

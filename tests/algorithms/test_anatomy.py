@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FILES = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}  # the algorithm files
 LIMITS = {
     "flow_grpo": 500,
@@ -214,7 +214,7 @@ import torch
 from PIL import Image
 
 import rewards
-from rewards.runs import main
+from rewards.command_line import main
 
 
 @dataclasses.dataclass

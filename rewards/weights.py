@@ -1,9 +1,10 @@
-"""Weights that are not a transformers repository: read, renamed, and loaded with none missing or left."""
+"""Published weights: found on the hub or in a folder, loaded with none missing or left."""
 
 import re
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
 from rewards import BadInput
@@ -26,6 +27,27 @@ OPEN_CLIP_NAMES = (  # applied in this order
     (r"\.c_fc\.", ".fc1."),
     (r"\.c_proj\.", ".fc2."),
 )
+
+
+def from_hub(load, name, *args, **options):
+    """load(name, ...), such as CLIPModel.from_pretrained; name is a hub id or a local folder.
+
+    Raises BadInput when the weights are neither in the local cache nor to be downloaded.
+    """
+    try:
+        return load(name, *args, **options)
+    except (OSError, ValueError) as error:  # what the libraries raise without network, file, access or sense
+        reason = str(error).strip().split("\n")[0][:120]
+        raise BadInput(
+            f"cannot load {name}: run `hf download {name}` where there is a network, or give a local folder "
+            f"({reason})"
+        ) from None
+
+
+def file_from_hub(name, filename):
+    """Path of one file of a local folder, or of a hub repository."""
+    path = Path(name, filename)
+    return path if path.is_file() else from_hub(lambda name: hf_hub_download(name, filename), name)
 
 
 def from_open_clip(state):

@@ -10,7 +10,8 @@ import re
 
 import torch
 
-from rewards import glyphs, ppocr
+from rewards.ocr import engine
+from rewards.tiny_world import glyphs
 
 
 def levenshtein(a, b):
@@ -69,4 +70,4 @@ def make_ocr(metadata, device):
     asked = [row.get("text") if row.get("tag") == "text" else None for row in metadata]
     if all(isinstance(text, str) and re.fullmatch("[A-Z0-9]{2,3}", text) for text in asked):
         return OCR(glyphs.read)
-    return OCR(ppocr.Reader())
+    return OCR(engine.Reader())

@@ -29,9 +29,9 @@ import rewards
 import superflow
 from flow_grpo import Args, train
 from rewards import BadInput
-from rewards.runs import main
+from rewards.command_line import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
 
@@ -101,7 +101,7 @@ def test_every_variant_runs_and_starts_on_policy(small, changes):
 
 
 def test_before_after_holds_both_pictures_whole(tmp_path):
-    report = rewards.runs.Report(tmp_path / "run", flow_grpo.__file__, Args(), -1)
+    report = rewards.report.Report(tmp_path / "run", flow_grpo.__file__, Args(), -1)
     report.metrics = [
         {"iteration": i, "charts/num_images": i, "eval/geneval": 0.5, "perf/images_per_second": 1.0}
         for i in (0, 1)
@@ -122,7 +122,7 @@ def test_the_curve_is_the_rewards_and_its_legend_hides_nothing(tmp_path, monkeyp
     ]
     rows = [{"charts/num_images": n, **dict.fromkeys(names, n / 10)} for n in (0, 4)]
     rows.append({"charts/num_images": 8, "eval/reward_loop": 0.9})
-    rewards.runs.save_curve(tmp_path / "reward.png", rows)
+    rewards.report.save_curve(tmp_path / "reward.png", rows)
     (axes,) = figures[0].axes
     curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert curves["eval/reward"] == [[0, 0], [4, 0.4]]
@@ -163,14 +163,14 @@ def test_micro_batch_size_does_not_change_the_result(small):
 
 def test_resume_after_an_interruption_equals_an_uninterrupted_run(small, monkeypatch):
     expected = metrics(train(Args(**small(num_iterations=5, output_dir=small()["output_dir"] + "a"))))
-    write = rewards.runs.Report.write
+    write = rewards.report.Report.write
 
     def interrupted(self, row, evaluations):
         write(self, row, evaluations)
         if row["iteration"] == 3:  # after the row, before a checkpoint
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(rewards.runs.Report, "write", interrupted)
+    monkeypatch.setattr(rewards.report.Report, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(Args(**small(num_iterations=5)))
     monkeypatch.undo()
@@ -419,4 +419,4 @@ def documented_commands():
 def test_every_documented_command_parses(module, words):
     args = tyro.cli(module.Args, args=words)
     args = module.Args(**vars(args) | {"model": "tiny/sd3"})
-    rewards.runs.check_args(args, ["StableDiffusion3Pipeline"])
+    rewards.report.check_args(args, ["StableDiffusion3Pipeline"])

@@ -17,9 +17,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 import flow_grpo
 import rewards
-from rewards import glyphs, ocr, ppocr
+from rewards.ocr import engine as ppocr
+from rewards.ocr import reward as ocr
+from rewards.tiny_world import glyphs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = (
     "Hello,World,Flow Matching,Coffee Shop,OPEN 24 HOURS,Diffusion,Happy Birthday,Exit 42,New York,Reward"
 ).split(",")
@@ -132,7 +134,7 @@ def test_the_tiny_worlds_reader_is_for_its_own_rows_alone(metadata, tiny):
 
 @pytest.mark.parametrize("name", ["text_train", "text_eval"])
 def test_the_tiny_worlds_prompts_are_recognised(name):
-    prompts, metadata = rewards.load_prompts(ROOT / f"tiny/prompts/{name}.jsonl")
+    prompts, metadata = rewards.prompts.load_prompts(ROOT / f"tiny/prompts/{name}.jsonl")
     assert ocr.make_ocr(metadata, "cpu").recogniser is glyphs.read
 
 
@@ -140,7 +142,7 @@ def test_a_text_file_with_quotes_loads_as_it_is(tmp_path):
     (tmp_path / "train.txt").write_text(
         'A chalkboard with "Today\'s Menu", chalk\nA neon sign: "Jazz Club"\n'
     )
-    prompts, metadata = rewards.load_prompts(tmp_path / "train.txt")
+    prompts, metadata = rewards.prompts.load_prompts(tmp_path / "train.txt")
     reward = rewards.build("ocr", prompts, metadata)  # starts nothing yet
     assert isinstance(reward.parts["ocr"][0].recogniser, ppocr.Reader)
     assert [ocr.target_text(*row) for row in zip(prompts, metadata)] == ["Today's Menu", "Jazz Club"]

@@ -60,10 +60,11 @@ from promptloop import (
     to_bytes,
     train,
 )
-from rewards import BadInput, runs
+from rewards import BadInput
+from rewards import report as runs
 from tiny import pretrain, vlm_world
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 WORDS = "red green circle square top left".split()
 SAVE_FILMS = runs.save_films
@@ -908,7 +909,7 @@ def test_an_iteration_from_inside(small, spy, simple, no_evaluation, monkeypatch
     row = metrics(train(args))[1]
 
     # rewards are against the original prompts
-    prompts, _ = rewards.load_prompts(args.prompts)
+    prompts, _ = rewards.prompts.load_prompts(args.prompts)
     originals = [prompts[i] for i in promptloop.draw_prompts(len(prompts), 2, args.seed, 1) for _ in range(4)]
     assert judged == list(zip(originals, originals))
     assert [call[1] for call, _ in samples] == [originals[:6], originals[6:]]

@@ -14,29 +14,9 @@ index]}], "exclude"?: [{"class", "count"}], "prompt"}. The detector is passed in
 counting prompts) and whose colour is asked for, never what to find.
 """
 
-from collections import namedtuple
-from functools import partial
+from rewards.geneval.detection import MAX_OBJECTS, RELATIONS
 
-import torch
-
-from rewards import BadInput
-
-Detection = namedtuple("Detection", "class_name box score color")  # box in pixels: x0, y0, x1, y1
-
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-CLASSES = tuple(  # COCO's 80 in its order and GenEval's words: computer mouse, tv remote, computer keyboard
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
-    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,"
-    "tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
-    "tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
-    "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,"
-    "tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,"
-    "scissors,teddy bear,hair drier,toothbrush".split(",")
-)
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-RELATIONS = ("left of", "right of", "above", "below")
 POSITION_THRESHOLD = 0.1  # a centre offset counts beyond this share of the summed sizes
-MAX_OBJECTS = 16  # detections kept per class, best score first
 
 
 def relative_position(box_a, box_b):
@@ -140,73 +120,3 @@ def check_metadata(metadata):
                 raise ValueError(
                     f'geneval: {name}[{i}]["position"] must be [relation, index of an earlier clause]'
                 )
-
-
-class GenEval:
-    """The reward: mean of soft and strict. `details` has all three scores (for the evaluation)."""
-
-    def __init__(self, detector):
-        self.detector = detector
-
-    def check(self, prompt, metadata):
-        check_metadata(metadata)
-
-    def details(self, images, prompts, metadata):
-        """{"geneval", "geneval_soft", "geneval_strict", "geneval_official"}: each (B,) float32, NaN where the
-        detector failed."""
-        rows = list(zip(self.detector(images, metadata), metadata))
-
-        def score(rule):
-            values = [float("nan") if found is None else float(rule(found, row)) for found, row in rows]
-            return torch.tensor(values, dtype=torch.float32, device=images.device)
-
-        soft, strict = score(soft_score), score(partial(passes, exact=True))
-        official = score(partial(passes, exact=False))
-        return {
-            "geneval": (soft + strict) / 2,
-            "geneval_soft": soft,
-            "geneval_strict": strict,
-            "geneval_official": official,
-        }
-
-    def __call__(self, images, prompts, metadata):
-        return self.details(images, prompts, metadata)["geneval"]
-
-
-def unknown_words(metadata, classes, colors):
-    """[(class or colour, prompt)] for all that a detector of these classes and colours doesn't know."""
-    found = []
-    for row in metadata:
-        for clause in row["include"] + row.get("exclude", []):
-            words = [(clause["class"], classes)] + ([(clause["color"], colors)] if "color" in clause else [])
-            found += [(word, row.get("prompt", "")) for word, known in words if word not in known]
-    return found
-
-
-def make_geneval(metadata, device, model="facebook/mask2former-swin-small-coco-instance"):
-    """The reward with a detector that knows all classes and colours of the rows.
-
-    That is the tiny world's, which loads nothing, or Mask2Former, with CLIP where a row asks for a colour.
-    Raises BadInput, before anything is loaded, when a row asks for what no detector knows.
-    """
-    from rewards import shapes
-
-    try:
-        for row in metadata:
-            check_metadata(row)
-    except ValueError:  # `check` will say which row it is: load nothing before that
-        return GenEval(detector=None)
-    not_shapes = unknown_words(metadata, shapes.CLASSES, tuple(shapes.PALETTE))
-    if not not_shapes:
-        return GenEval(lambda images, metadata: shapes.detect(images))
-    not_coco = unknown_words(metadata, CLASSES, COLORS)
-    if not_coco:
-        word, prompt = min(not_shapes, not_coco, key=len)[0]
-        raise BadInput(
-            f"geneval: no detector knows {word!r} of the prompt {prompt!r}: use GenEval's 80 classes and ten "
-            f"colours (listed in rewards/geneval.py), or only {', '.join((*shapes.CLASSES, *shapes.PALETTE))}"
-        )
-    from rewards.mask2former import load_detector
-
-    asks_colors = any("color" in clause for row in metadata for clause in row["include"])
-    return GenEval(load_detector(model, device, asks_colors))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from rewards import load_prompts
-from rewards.geneval import TAGS, Detection, passes
+from rewards.geneval.detection import TAGS, Detection
+from rewards.geneval.rule import passes
+from rewards.prompts import load_prompts
 from tiny import pretrain, vlm_world, world
 from tiny.vlm_world import keeps_meaning, parse, rewrite
 
@@ -241,7 +242,7 @@ def test_examples_of_every_task(name):
 
 
 def test_captions_say_what_is_drawn():
-    from rewards.shapes import detect
+    from rewards.tiny_world.shapes import detect
 
     rng, right, count = random.Random(0), 0, 0
     while count < 60:

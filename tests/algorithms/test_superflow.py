@@ -36,7 +36,7 @@ from superflow import (
     update_tracker,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 N = 10  # prompts of the tiny runs
 SHIFTED = get_sigmas(FlowMatchEulerDiscreteScheduler(shift=3.0), 10)
 UNSHIFTED = [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -311,7 +311,7 @@ def in_the_repository_without_pictures(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(rewards.runs, "save_samples", lambda *_: None)
     monkeypatch.setattr(rewards.runs, "save_curve", lambda *_: None)
-    monkeypatch.setattr(rewards.runs.Report, "close", lambda _: None)
+    monkeypatch.setattr(rewards.report.Report, "close", lambda _: None)
 
 
 @pytest.fixture
@@ -342,7 +342,7 @@ class Lopsided:
     """
 
     def __init__(self, path, nan=None):
-        self.prompts, _ = rewards.load_prompts(path)
+        self.prompts, _ = rewards.prompts.load_prompts(path)
         self.nan, self.seen = nan, []  # (row, image, value) of the training prompts
 
     def details(self, images, prompts, metadata):

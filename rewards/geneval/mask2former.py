@@ -21,8 +21,8 @@ from torch import nn
 from transformers import Mask2FormerModel, Mask2FormerPreTrainedModel
 
 from rewards import BadInput
-from rewards.geneval import CLASSES, MAX_OBJECTS, Detection
-from rewards.hub import from_hub
+from rewards.geneval.detection import CLASSES, MAX_OBJECTS, Detection
+from rewards.weights import from_hub
 
 SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32  # pixels of the detector's input
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -166,7 +166,7 @@ def load_detector(name, device, asks_colors):
     colors = None
     if asks_colors:
         from rewards.clip import load_clip
-        from rewards.colors import ColorClassifier
+        from rewards.geneval.colors import ColorClassifier
 
         colors = ColorClassifier(load_clip("openai/clip-vit-large-patch14", device))
     return Detector(model.to(device), colors)

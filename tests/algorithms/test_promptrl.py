@@ -44,7 +44,7 @@ from promptrl import (
 from rewards import BadInput
 from tiny import pretrain, vlm_world
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = "red green circle square top left".split()
 
 
@@ -89,7 +89,7 @@ def in_the_repository_without_pictures(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(rewards.runs, "save_samples", lambda *_: None)
     monkeypatch.setattr(rewards.runs, "save_curve", lambda *_: None)
-    monkeypatch.setattr(rewards.runs.Report, "close", lambda _: None)
+    monkeypatch.setattr(rewards.report.Report, "close", lambda _: None)
 
 
 def tensor(*values):
@@ -424,7 +424,7 @@ def test_an_iteration_from_inside(small, monkeypatch):
     row = metrics(train(args))[1]
 
     # groups: six rewrites, then the original twice; all scored against the original
-    prompts, _ = rewards.load_prompts(args.prompts)
+    prompts, _ = rewards.prompts.load_prompts(args.prompts)
     drawn = promptrl.draw_prompts(len(prompts), 2, args.seed, 1)
     originals = [prompts[i] for i in drawn for _ in range(8)]
     assert details == originals
@@ -628,10 +628,10 @@ def test_the_evaluation_shows_prompt_and_rewrite(small, monkeypatch):
     fake = Fake()
     monkeypatch.setattr(promptrl, "parse_answer", fake)
     monkeypatch.setattr(promptrl, "encode_prompts", spy_encode)
-    monkeypatch.setattr(rewards.runs.Report, "write", spy_write)
+    monkeypatch.setattr(rewards.report.Report, "write", spy_write)
     flags = small(num_iterations=0)
     train(Args(**flags))
-    prompts, _ = rewards.load_prompts(flags["prompts"].replace("train", "eval"))
+    prompts, _ = rewards.prompts.load_prompts(flags["prompts"].replace("train", "eval"))
     assert set(shown) == {"eval", "eval_enhanced"}
     assert shown["eval"][0] == prompts
     assert shown["eval_enhanced"][0] == {

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from rewards.geneval import Detection
+from rewards.geneval.detection import Detection
 
 CLASSES = ("circle", "square", "triangle", "cross")
 BACKGROUND = (16, 16, 28)

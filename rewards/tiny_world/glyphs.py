@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from rewards.shapes import BACKGROUND, crop_to_grid, measure_components, overlap
+from rewards.tiny_world.shapes import BACKGROUND, crop_to_grid, measure_components, overlap
 
 FONT = {  # seven rows of five dots each, a hexadecimal pair a row
     "A": "0E11111F111111", "B": "1E11111E11111E", "C": "0E11101010110E", "D": "1C12111111121C",

@@ -37,7 +37,7 @@ from fdfo import (
 )
 from rewards import BadInput
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 F64 = torch.float64
 KINDS = ["raw", "logit-normal", "dirac"]
 

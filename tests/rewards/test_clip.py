@@ -16,7 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rewards import BadInput, clip, convert, imagereward
+from rewards import BadInput, clip, imagereward
+from rewards import weights as convert
 
 TEXTS = ["a red circle", "two squares and a long tail of words", "x", "a blue cross left of a green circle"]
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from einops import rearrange
 
-from rewards import geneval, shapes
+from rewards.geneval import detection, rule
+from rewards.tiny_world import shapes
 from tiny import pretrain, world
 
 FILES = ("train", "eval", "eval_paraphrased", "text_train", "text_eval", "edit_train", "edit_eval")
@@ -25,7 +26,7 @@ def detect(pictures):
 
 def as_detections(things):
     """What a perfect detector would say."""
-    return [geneval.Detection(t.shape, world.box_of(t), 1.0, t.color) for t in things]
+    return [detection.Detection(t.shape, world.box_of(t), 1.0, t.color) for t in things]
 
 
 def first(options):
@@ -43,7 +44,7 @@ def held_out_phrases():
 
 
 # ---- splits ----
-@pytest.mark.parametrize("tag", geneval.TAGS)
+@pytest.mark.parametrize("tag", detection.TAGS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_contents_split_into_disjoint_facts(tag, seed):
     train, evaluation = world.split_contents(tag, seed)
@@ -54,10 +55,10 @@ def test_contents_split_into_disjoint_facts(tag, seed):
 
 
 def test_no_content_is_there_twice_and_each_is_well_formed():
-    contents = [content for tag in geneval.TAGS for content in world.all_contents(tag)]
+    contents = [content for tag in detection.TAGS for content in world.all_contents(tag)]
     assert len({str(content) for content in contents}) == len(contents)
     for content in contents:
-        geneval.check_metadata(content)
+        rule.check_metadata(content)
 
 
 def test_the_shipped_training_and_evaluation_prompts_share_no_facts():
@@ -103,19 +104,19 @@ def test_the_shipped_files_are_what_the_script_writes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["train", "eval", "eval_paraphrased"])
 def test_each_tag_has_64_lines(name):
     tags = [row["tag"] for row in shipped(name)]
-    assert {tag: tags.count(tag) for tag in tags} == {tag: 64 for tag in geneval.TAGS}
+    assert {tag: tags.count(tag) for tag in tags} == {tag: 64 for tag in detection.TAGS}
 
 
 # ---- scenes ----
-@pytest.mark.parametrize("tag", geneval.TAGS)
+@pytest.mark.parametrize("tag", detection.TAGS)
 def test_realise_shows_exactly_the_content(tag):
     rng = random.Random(0)
     contents = [rng.choice(world.CONTENTS[tag]) for _ in range(60)]
     pictures = [world.realise(content, rng) for content in contents]
     for content, things in zip(contents, pictures):
-        assert geneval.passes(as_detections(things), content, exact=True)
-        assert geneval.soft_score(as_detections(things), content) == 1
-    passed = [geneval.passes(d, content, exact=True) for d, content in zip(detect(pictures), contents)]
+        assert rule.passes(as_detections(things), content, exact=True)
+        assert rule.soft_score(as_detections(things), content) == 1
+    passed = [rule.passes(d, content, exact=True) for d, content in zip(detect(pictures), contents)]
     assert sum(passed) >= 59
 
 
@@ -151,7 +152,7 @@ def test_the_same_seed_draws_the_same_examples():
 def test_samples_cover_every_tag_and_texts():
     rng = random.Random(0)
     tags = [world.sample(rng)[0]["tag"] for _ in range(400)]
-    assert set(tags) == {*geneval.TAGS, "text"}
+    assert set(tags) == {*detection.TAGS, "text"}
     assert 0.15 < tags.count("text") / len(tags) < 0.35
 
 
@@ -165,13 +166,13 @@ def edits():
 def test_an_edit_changes_the_picture_and_reaches_its_metadata(edits):
     assert {content["tag"] for *_, content in edits} == {"recolour", "add", "remove", "move", "replace"}
     for source, _, target, content in edits:
-        geneval.check_metadata(content)
+        rule.check_metadata(content)
         assert source != target
         assert (world.draw(source) != world.draw(target)).any()
-        assert geneval.passes(as_detections(target), content, exact=True)
+        assert rule.passes(as_detections(target), content, exact=True)
         assert all(world.fits(thing, target[:i]) for i, thing in enumerate(target))
         assert all(0 <= min(world.box_of(t)) and max(world.box_of(t)) <= world.SIZE for t in target)
-    passed = [geneval.passes(d, e[3], exact=True) for d, e in zip(detect([e[2] for e in edits]), edits)]
+    passed = [rule.passes(d, e[3], exact=True) for d, e in zip(detect([e[2] for e in edits]), edits)]
     assert sum(passed) >= 199
 
 
@@ -179,9 +180,7 @@ def test_an_edit_changes_the_picture_and_reaches_its_metadata(edits):
 def test_an_unchanged_source_does_not_pass_as_edited(edits, kind):
     chosen = [edit for edit in edits if edit[3]["tag"] == kind]
     assert chosen
-    assert not any(
-        geneval.passes(as_detections(source), content, exact=True) for source, *_, content in chosen
-    )
+    assert not any(rule.passes(as_detections(source), content, exact=True) for source, *_, content in chosen)
 
 
 def test_a_move_goes_where_the_instruction_says(edits):
@@ -245,17 +244,17 @@ def test_a_mirrored_position_is_shown_by_the_same_picture():
         a, b = content["include"]
         relation = world.INVERSE[b["position"][0]]
         mirrored = {"include": [{"class": b["class"], "count": 1}, a | {"position": [relation, 0]}]}
-        assert geneval.passes(as_detections(world.realise(content, rng)), mirrored, exact=True)
+        assert rule.passes(as_detections(world.realise(content, rng)), mirrored, exact=True)
 
 
 def test_different_canonical_sentences_mean_different_contents():
-    contents = [content for tag in geneval.TAGS for content in world.all_contents(tag)]
+    contents = [content for tag in detection.TAGS for content in world.all_contents(tag)]
     assert len({world.canonical(content) for content in contents}) == len(contents)
 
 
 def test_every_wording_fits_the_tokenizer_without_unknown_words():
     rng, sentences = random.Random(0), set()
-    for content in [content for tag in geneval.TAGS for content in world.all_contents(tag)]:
+    for content in [content for tag in detection.TAGS for content in world.all_contents(tag)]:
         for words in (first, lambda options: options[1], lambda options: options[2]):
             sentences |= {world.say(content, words), world.say(content, words, flip=True)}
         sentences |= {world.paraphrase(content, rng, held_out=i % 2 == 0) for i in range(8)}

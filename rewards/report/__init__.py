@@ -13,7 +13,6 @@ import re
 import resource
 import shutil
 import signal
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from einops import rearrange
 from PIL import Image
 
 from rewards import BadInput, parse_spec
+from rewards.report.evaluation import evaluate, gather  # noqa: F401
 
 
 def mean(values):
@@ -154,21 +154,6 @@ class Clock:
         cuda = self.device.type == "cuda"
         row["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9 if cuda else kilobytes / 1e6
         return row
-
-
-def main(train, args):
-    """Runs train(args) from the command line: a mistake in the input ends in one line and exit code 2."""
-    try:
-        train(args)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (FloatingPointError, KeyboardInterrupt) as error:
-        print(
-            f"stopped: {str(error) or 'Ctrl-C'}. Go on from the last checkpoint with --resume RUN",
-            file=sys.stderr,
-        )
-        sys.exit(1)
 
 
 def open_run(Args, args, script):

@@ -1,6 +1,6 @@
 """Writes training prompts in GenEval's templates, with its metadata, for `--rewards geneval`.
 
-    python -m rewards.geneval_prompts --output geneval/train.jsonl --exclude evaluation_metadata.jsonl
+    python -m rewards.geneval.make_prompts --output geneval/train.jsonl --exclude evaluation_metadata.jsonl
 
 Templates, classes and colours are GenEval's (Ghosh et al. 2023), its plurals ("sandwichs") too, so that the
 prompts read as those of the evaluation do. The shares of the tasks are Flow-GRPO's (2505.05470): position 7,
@@ -17,8 +17,10 @@ from pathlib import Path
 
 import tyro
 
-from rewards import BadInput, load_prompts, runs
-from rewards.geneval import CLASSES, COLORS, RELATIONS, TAGS, check_metadata
+from rewards import BadInput, command_line
+from rewards.geneval.detection import CLASSES, COLORS, RELATIONS, TAGS
+from rewards.geneval.rule import check_metadata
+from rewards.prompts import load_prompts
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 MIRRORED = {"right of": "left of", "below": "above"}
@@ -133,4 +135,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runs.main(main, tyro.cli(Args))
+    command_line.main(main, tyro.cli(Args))

@@ -35,7 +35,7 @@ from flow_grpo import (
     train,
 )
 from rewards import BadInput
-from rewards.runs import check_args
+from rewards.report import check_args
 
 F64 = torch.float64
 TYPES = ["flow", "cps"]

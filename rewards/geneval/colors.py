@@ -7,7 +7,7 @@ colour's description is the mean of three sentences' embeddings.
 import torch
 import torch.nn.functional as F
 
-from rewards.geneval import COLORS
+from rewards.geneval.detection import COLORS
 
 GREY = 153 / 255  # what pixels outside the mask become
 SENTENCES = (

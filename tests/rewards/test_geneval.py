@@ -25,17 +25,20 @@ from transformers import (
 from transformers.models.mask2former import modeling_mask2former
 
 import rewards
-from rewards import BadInput, colors, geneval, geneval_prompts, mask2former
+from rewards import BadInput
 from rewards.clip import Clip
+from rewards.geneval import colors, detection, mask2former, rule
+from rewards.geneval import make_prompts as geneval_prompts
+from rewards.geneval import reward as geneval
 
 HUB_ID = "facebook/mask2former-swin-small-coco-instance"
-COLOR = f"(?:({'|'.join(geneval.COLORS)}) )?"
+COLOR = f"(?:({'|'.join(detection.COLORS)}) )?"
 
 
 # ---- the scorer, on cases worked out by hand from GenEval's rule ----
 def asked(text):
     """'2 red dog, cat left of 0, not 3 bus' -> metadata of one tag or another: include and exclude."""
-    pattern = re.compile(rf"(not )?(?:(\d+) )?{COLOR}(.+?)(?: ({'|'.join(geneval.RELATIONS)}) (\d))?")
+    pattern = re.compile(rf"(not )?(?:(\d+) )?{COLOR}(.+?)(?: ({'|'.join(detection.RELATIONS)}) (\d))?")
     metadata = {"include": [], "exclude": []}
     for part in text.split(", "):
         absent, count, color, name, relation, index = pattern.fullmatch(part).groups()
@@ -56,7 +59,7 @@ def shown(text):
         color, name, x, y, w, h, score = re.fullmatch(rf"{COLOR}([a-z].*?){place}", part).groups()
         x, y, w, h = float(x or 0), float(y or 0), float(w or 20), float(h or 20)
         box = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
-        detections.append(geneval.Detection(name, box, float(score or 1 - i / 100), color))
+        detections.append(detection.Detection(name, box, float(score or 1 - i / 100), color))
     return detections
 
 
@@ -165,17 +168,17 @@ CASES = [  # tag, asked, shown, then GenEval's own verdict, the strict one, and 
 @pytest.mark.parametrize("tag, asks, shows, official, strict, soft", CASES)
 def test_the_scores_of_a_hand_made_table(tag, asks, shows, official, strict, soft):
     metadata, detections = asked(asks), shown(shows)
-    geneval.check_metadata(metadata)
+    rule.check_metadata(metadata)
     for order in (detections, detections[::-1]):
         if len({d.score for d in detections}) == len(detections) or order is detections:
-            assert geneval.passes(order, metadata, exact=False) == bool(official)
-            assert geneval.passes(order, metadata, exact=True) == bool(strict)
-            assert geneval.soft_score(order, metadata) == pytest.approx(soft)
+            assert rule.passes(order, metadata, exact=False) == bool(official)
+            assert rule.passes(order, metadata, exact=True) == bool(strict)
+            assert rule.soft_score(order, metadata) == pytest.approx(soft)
 
 
 def test_the_table_has_many_cases_of_every_tag():
     tags = Counter(case[0] for case in CASES)
-    assert len(CASES) >= 60 and set(tags) == set(geneval.TAGS) and min(tags.values()) >= 7
+    assert len(CASES) >= 60 and set(tags) == set(detection.TAGS) and min(tags.values()) >= 7
     assert len(set(CASES)) == len(CASES)
 
 
@@ -333,7 +336,7 @@ class Fixed(nn.Module):
         self.device = torch.device("cpu")
         probability = torch.full((len(objects), 81), 1e-6, dtype=torch.float64)
         for row, (name, value) in zip(probability, objects):
-            row[geneval.CLASSES.index(name)], row[80] = value, 1 - value
+            row[detection.CLASSES.index(name)], row[80] = value, 1 - value
         self.logits = probability.log().float()
 
     def forward(self, pixels):
@@ -395,7 +398,7 @@ def test_colours_are_asked_for_only_where_a_row_asks(small):
 def tiny_config(**options):
     swin = dict(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=7)
     swin = SwinConfig(**swin, out_features=["stage1", "stage2", "stage3", "stage4"])
-    labels = [name.split()[-1] if name.startswith("computer") else name for name in geneval.CLASSES]
+    labels = [name.split()[-1] if name.startswith("computer") else name for name in detection.CLASSES]
     options = {"id2label": dict(enumerate(labels)), "label2id": {}} | options
     sizes = dict.fromkeys(["feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim"], 32)
     sizes |= dict(
@@ -526,9 +529,9 @@ def test_missing_and_unknown_weights_are_an_error(folder, tmp_path, changes, sai
 
 def test_the_labels_must_be_cocos_in_cocos_order():
     mask2former.check_labels(tiny_config(), "tiny")
-    names = dict(enumerate(geneval.CLASSES))
+    names = dict(enumerate(detection.CLASSES))
     mask2former.check_labels(tiny_config(id2label=names | {57: "sofa", 3: "motorbike"}), "tiny")
-    moved = dict(enumerate(geneval.CLASSES[1:12] + geneval.CLASSES[:1] + geneval.CLASSES[12:]))
+    moved = dict(enumerate(detection.CLASSES[1:12] + detection.CLASSES[:1] + detection.CLASSES[12:]))
     for labels in (moved, names | {80: "tree"}, {i: f"LABEL_{i}" for i in range(80)}):
         with pytest.raises(BadInput, match=f"tiny has {len(labels)} labels .*COCO's 80"):
             mask2former.check_labels(tiny_config(id2label=labels), "tiny")
@@ -582,7 +585,7 @@ class ByMean:
 
     def text_embeds(self, texts):
         self.asked += texts
-        names = [next(color for color in geneval.COLORS if f"a {color}" in text) for text in texts]
+        names = [next(color for color in detection.COLORS if f"a {color}" in text) for text in texts]
         vectors = torch.tensor([RGB.get(name, (-1, -1, -1)) for name in names], dtype=torch.float32)
         return nn.functional.normalize(vectors, dim=1)
 
@@ -647,12 +650,12 @@ def test_the_classifier_agrees_with_clip_step_by_step():
         with torch.no_grad():
             seen = nn.functional.normalize(model.get_image_features(pixels).pooler_output)[0]
             similar = []
-            for color in geneval.COLORS:
+            for color in detection.COLORS:
                 sentences = [s.format(color=color, name="circle") for s in colors.SENTENCES]
                 mean = torch.cat([embed_text(s) for s in sentences]).mean(dim=0)
                 similar.append(float(seen @ mean / mean.norm()))
         found.append(classify(image, box, mask, "circle"))
-        assert similar[geneval.COLORS.index(found[-1])] == pytest.approx(max(similar), abs=1e-3)
+        assert similar[detection.COLORS.index(found[-1])] == pytest.approx(max(similar), abs=1e-3)
     assert len(set(found)) > 1
 
 
@@ -680,7 +683,7 @@ def loaded(monkeypatch):
 
 def test_published_prompt_files_load_as_they_are(tmp_path, loaded):
     (tmp_path / "train_metadata.jsonl").write_text("\n".join(ROWS) + "\n")
-    prompts, metadata = rewards.load_prompts(tmp_path / "train_metadata.jsonl")
+    prompts, metadata = rewards.prompts.load_prompts(tmp_path / "train_metadata.jsonl")
     assert prompts == ["a photo of an oven left of a tv remote", "a photo of three sandwichs"]
     reward = rewards.build("geneval", prompts, metadata)
     values = reward.details(torch.zeros(2, 3, 8, 8), prompts, metadata)
@@ -695,7 +698,7 @@ def test_colours_and_the_model_are_passed_on(loaded):
 
 
 def test_the_tiny_world_loads_nothing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "rewards.mask2former", None)  # importing it would fail
+    monkeypatch.setitem(sys.modules, "rewards.geneval.mask2former", None)  # importing it would fail
     image = torch.zeros(1, 3, 64, 64)
     reward = geneval.make_geneval([asked("red circle, not cross"), asked("square, circle above 0")], "cpu")
     assert reward(image, [""], [asked("circle")]).tolist() == [0]
@@ -730,7 +733,7 @@ def test_a_bad_row_is_named_before_anything_loads(loaded):
 
 
 # ---- prompts to train on ----
-SHARES = {tag: 1 for tag in geneval.TAGS}
+SHARES = {tag: 1 for tag in detection.TAGS}
 
 
 def read_sentence(sentence):
@@ -747,7 +750,7 @@ def read_sentence(sentence):
             return f"{a[1]} @{dx},{dy}; {b[1]}", [a, b]
     number, noun = words.split(" ", 1)
     if number in ("two", "three", "four"):
-        (name,) = (c for c in geneval.CLASSES if noun == (c + "es" if c.endswith("s") else c + "s"))
+        (name,) = (c for c in detection.CLASSES if noun == (c + "es" if c.endswith("s") else c + "s"))
         return "; ".join([name] * ("two", "three", "four").index(number) + [name] * 2), []
     parts = [part.split(" ", 1) for part in words.split(" and ")]
     return "; ".join(noun for _, noun in parts), parts
@@ -755,18 +758,18 @@ def read_sentence(sentence):
 
 def test_a_picture_of_the_sentence_passes_its_metadata():
     rows = geneval_prompts.generate(SHARES, 600, set(), seed=0)
-    assert {row["tag"] for row in rows} == set(geneval.TAGS)
+    assert {row["tag"] for row in rows} == set(detection.TAGS)
     for row in rows:
         objects, phrases = read_sentence(row["prompt"])
-        geneval.check_metadata(row)
-        assert geneval.passes(shown(objects), row, exact=True), row
+        rule.check_metadata(row)
+        assert rule.passes(shown(objects), row, exact=True), row
         assert all((article == "an") == (noun[0] in "aeiou") for article, noun in phrases)
     asks = {row["tag"]: (len(row["include"]), {"color" in c for c in row["include"]}) for row in rows}
     assert asks == {
         "single_object": (1, {False}), "two_object": (2, {False}), "counting": (1, {False}),
         "colors": (1, {True}), "position": (2, {False}), "color_attr": (2, {True}),
     }  # fmt: skip
-    assert geneval.unknown_words(rows, geneval.CLASSES, geneval.COLORS) == []
+    assert geneval.unknown_words(rows, detection.CLASSES, detection.COLORS) == []
     assert not any("color" in c and c["class"] == "person" for row in rows for c in row["include"])
     for row in rows:
         expected = (
@@ -810,7 +813,7 @@ def test_content_is_what_is_asked_for_not_how_it_is_said(a, b, same):
 
 def test_no_prompt_asks_for_what_is_excluded():
     evaluation = geneval_prompts.generate(SHARES, 2000, set(), seed=3)
-    evaluation += [asked(name) for name in geneval.CLASSES]
+    evaluation += [asked(name) for name in detection.CLASSES]
     excluded = {geneval_prompts.content(row) for row in evaluation}
     shares = SHARES | {"single_object": 0}
     free = geneval_prompts.generate(shares, 2000, set(), seed=4)
@@ -826,10 +829,10 @@ def test_the_command_writes_a_file_that_loads(tmp_path):
     output = tmp_path / "geneval" / "train.jsonl"
     flags = ["--num-prompts", "300", "--output", output, "--exclude", tmp_path / "evaluation.jsonl"]
     geneval_prompts.main(tyro.cli(geneval_prompts.Args, args=list(map(str, flags))))
-    prompts, metadata = rewards.load_prompts(output)
+    prompts, metadata = rewards.prompts.load_prompts(output)
     assert len(prompts) == 300 and "single_object" not in {row["tag"] for row in metadata}
     assert "a photo of three sandwichs" not in prompts
-    options = {tag: getattr(geneval_prompts.Args(output=""), tag) for tag in geneval.TAGS}
+    options = {tag: getattr(geneval_prompts.Args(output=""), tag) for tag in detection.TAGS}
     assert options == {
         "position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0
     }  # fmt: skip
@@ -841,7 +844,7 @@ def test_the_command_writes_a_file_that_loads(tmp_path):
         ({"output": "train.txt"}, "must end in .jsonl"),
         ({"num_prompts": 0}, "--num-prompts"),
         ({"counting": -1}, "shares"),
-        (dict.fromkeys(geneval.TAGS, 0), "shares"),
+        (dict.fromkeys(detection.TAGS, 0), "shares"),
         ({"exclude": "nowhere.jsonl"}, "does not exist"),
         ({"exclude": "bad.jsonl"}, "'a dog'.*include"),
     ],

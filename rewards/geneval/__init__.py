@@ -1,0 +1,1 @@
+"""GenEval: the rule, the reward, the detector for real images, and a script that writes training prompts."""

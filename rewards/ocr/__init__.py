@@ -1,0 +1,1 @@
+"""OCR: the reward, and the engine that reads real images."""

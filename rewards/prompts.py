@@ -1,0 +1,64 @@
+"""Prompt files, and the tags that say which reward judges a prompt."""
+
+import json
+from pathlib import Path
+
+from rewards import BadInput
+
+
+def load_prompts(path):
+    """Reads a prompt file: .txt with a prompt a line, or .jsonl with "prompt" and metadata a line.
+
+    Returns (prompts, metadata), two lists of equal length; blank lines are skipped. Raises ValueError, with
+    the number of the line where there is one, when the file is missing, empty or has a line that is not such
+    a record.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"prompt file {path} does not exist")
+    prompts, metadata = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        row = {"prompt": line.strip()}
+        if path.suffix == ".jsonl":
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise BadInput(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+                raise BadInput(f'{path}, line {number}: needs an object with a string "prompt"')
+        prompts.append(row["prompt"])
+        metadata.append(row)
+    if not prompts:
+        raise BadInput(f"prompt file {path} is empty")
+    return prompts, metadata
+
+
+def load_prompt_files(prompts, eval_prompts=""):
+    """{name: (prompts, metadata)} of "train", "eval" and, where such a file is there, "eval_paraphrased".
+
+    eval_prompts empty: the file of prompts with `train` replaced by `eval` in its name. The paraphrases' file
+    is named as the evaluation's with `_paraphrased` at the end of its stem.
+    """
+    path = Path(prompts)
+    eval_path = Path(eval_prompts or path.with_name(path.name.replace("train", "eval")))
+    if eval_path == path and not eval_prompts:
+        raise BadInput(
+            f"--eval-prompts is needed: {path.name} has no `train` in its name to replace by `eval`"
+        )
+    files = {"train": load_prompts(path), "eval": load_prompts(eval_path)}
+    paraphrased = eval_path.with_stem(eval_path.stem + "_paraphrased")
+    return files | ({"eval_paraphrased": load_prompts(paraphrased)} if paraphrased.is_file() else {})
+
+
+def check_tags(prompts, metadata, names):
+    """Raises BadInput for a prompt whose tag, metadata["reward"], is none of these rewards."""
+    for row, (prompt, data) in enumerate(zip(prompts, metadata), start=1):
+        if (tag := data.get("reward")) not in (None, *names):
+            raise BadInput(f'prompt {row} ({prompt!r}) has the tag "reward": {tag!r}, name it in --rewards')
+
+
+def judged_rows(name, metadata):
+    """The rows that a reward judges: those without a tag, and those tagged with its name."""
+    return [i for i, row in enumerate(metadata) if row.get("reward") in (None, name)]

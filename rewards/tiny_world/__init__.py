@@ -1,0 +1,1 @@
+"""The tiny world's detector of shapes and reader of glyphs: both work without weights."""
