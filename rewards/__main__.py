@@ -100,4 +100,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    command_line.main(main, tyro.cli(Args, prog="python -m rewards", description=__doc__))
+    command_line.run(main, Args, __doc__, prog="python -m rewards")

@@ -2,14 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from rewards import BadInput
+
+
+class PromptFile(NamedTuple):
+    """The rows of a prompt file, in two lists of equal length."""
+
+    prompts: list  # of str
+    metadata: list  # of dict; what a reward may need to know of a row
 
 
 def load_prompts(path):
     """Reads a prompt file: .txt with a prompt a line, or .jsonl with "prompt" and metadata a line.
 
-    Returns (prompts, metadata), two lists of equal length; blank lines are skipped. Raises ValueError, with
+    Returns a PromptFile; blank lines are skipped. Raises ValueError, with
     the number of the line where there is one, when the file is missing, empty or has a line that is not such
     a record.
     """
@@ -32,7 +40,16 @@ def load_prompts(path):
         metadata.append(row)
     if not prompts:
         raise BadInput(f"prompt file {path} is empty")
-    return prompts, metadata
+    return PromptFile(prompts, metadata)
+
+
+def join_prompt_files(files):
+    """One PromptFile with the rows of several."""
+    joined = PromptFile([], [])
+    for file in files:
+        joined.prompts.extend(file.prompts)
+        joined.metadata.extend(file.metadata)
+    return joined
 
 
 def load_prompt_files(prompts, eval_prompts=""):

@@ -1,9 +1,11 @@
 """Published weights: found on the hub or in a folder, loaded with none missing or left."""
 
+import json
 import re
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
@@ -27,6 +29,21 @@ OPEN_CLIP_NAMES = (  # applied in this order
     (r"\.c_fc\.", ".fc1."),
     (r"\.c_proj\.", ".fc2."),
 )
+
+
+def read_pipeline_configs(name):
+    """The configurations of a diffusers pipeline, a folder or a hub id, without its weights.
+
+    {"family": class of the pipeline, component: its configuration}; components that are absent are left out.
+    Raises BadInput, naming the cause, where there is no such pipeline.
+    """
+    index = from_hub(DiffusionPipeline.load_config, name)
+    configs = {"family": index["_class_name"]}
+    for component, value in index.items():
+        if isinstance(value, list) and value[0] is not None and "tokenizer" not in component:
+            file = "scheduler_config.json" if component == "scheduler" else "config.json"
+            configs[component] = json.loads(Path(file_from_hub(name, f"{component}/{file}")).read_text())
+    return configs
 
 
 def from_hub(load, name, *args, **options):

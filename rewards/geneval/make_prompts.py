@@ -15,8 +15,6 @@ import json
 import random
 from pathlib import Path
 
-import tyro
-
 from rewards import BadInput, command_line
 from rewards.geneval.detection import CLASSES, COLORS, RELATIONS, TAGS
 from rewards.geneval.rule import check_metadata
@@ -135,4 +133,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    command_line.main(main, tyro.cli(Args))
+    command_line.run(main, Args, __doc__, prog="python -m rewards.geneval.make_prompts")

@@ -1,40 +1,102 @@
 """Scoring a prompt file, shared among the processes of a run."""
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 
+class Samples(NamedTuple):
+    """What an algorithm draws for a batch of rows of a prompt file."""
+
+    images: torch.Tensor  # (B, 3, H, W) float in [0, 1]
+    captions: list  # what to write above each image, beside its reward
+    films: list | None = None  # per image, [(picture (H, W, 3) or None, caption)]: how it came about
+
+
+class Evaluation(NamedTuple):
+    """A scored prompt file, complete in every process."""
+
+    name: str  # "eval", or with what was done differently: "eval_paraphrased"
+    metadata: list  # of the rows
+    scores: dict  # {reward: {row: value}}; "reward" is what is trained on
+    captions: dict  # {row: text}, of the rows that are shown
+    pictures: dict  # {row: (3, H, W) on the CPU}, likewise
+    films: dict  # {row: [(picture, caption)]}, likewise, where there are any
+
+
 def gather(values):
     """Concatenates a (B,) tensor over the processes, in their order, to the CPU; B may differ."""
+    values = values.cpu()
+    return torch.cat(gather_objects(values))
+
+
+def gather_objects(value):
+    """[value of process 0, value of process 1, ...], in every process."""
     if not dist.is_initialized():
-        return values.cpu()
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, values.cpu())
-    return torch.cat(parts)
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def evaluate(sample, prompts, metadata, reward, batch_size):
-    """Scores a prompt file. sample(texts, rows) -> images (B, 3, H, W); processes of torch.distributed share
-    the rows.
+def gather_scores(batches):
+    """Rewards of micro-batches, [{name: (B,)}], as one {name: (B,)} over all processes."""
+    scores = {}
+    for name in batches[0]:
+        scores[name] = gather(torch.cat([batch[name] for batch in batches]))
+    return scores
 
-    Returns ({name: {row: value}}, {row: image (3, H, W) on the CPU}), complete in every process.
+
+def shown_rows(num_rows, num_shown):
+    """Which rows of a prompt file are shown: at most num_shown, spread over the file."""
+    if num_shown == 0:
+        return []
+    step = max(num_rows // num_shown, 1)
+    return list(range(0, num_rows, step))[:num_shown]
+
+
+def evaluate(name, sample, file, reward, batch_size, num_shown=16):
+    """Scores a PromptFile; the processes share its rows. Returns an Evaluation.
+
+    sample: a function (prompts, rows) -> Samples. num_shown: how many pictures are kept, spread over the
+    file; all pictures of a large file would not fit in memory.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    rows, scores, pictures = range(rank, len(prompts), world_size), {}, {}
-    for i in tqdm(range(0, len(rows), batch_size), desc="evaluate", leave=False, disable=None):
-        batch = rows[i : i + batch_size]
-        texts = [prompts[row] for row in batch]
-        images = sample(texts, batch)
-        pictures.update(zip(batch, images.cpu()))
-        for name, values in reward.details(images, texts, [metadata[row] for row in batch]).items():
-            scores.setdefault(name, {}).update(zip(batch, values.tolist()))
-    if world_size > 1:
-        parts = [None] * world_size
-        dist.all_gather_object(parts, (scores, pictures))
-        names = {name for part, _ in parts for name in part}  # a process without rows has none
-        scores = {
-            name: {k: v for part, _ in parts for k, v in part.get(name, {}).items()} for name in sorted(names)
-        }
-        pictures = {row: picture for _, part in parts for row, picture in part.items()}
-    return scores, pictures
+    rank, world_size = 0, 1
+    if dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    rows = range(rank, len(file.prompts), world_size)
+    shown = set(shown_rows(len(file.prompts), num_shown))
+    share = Evaluation(name, file.metadata, {}, {}, {}, {})
+    for start in tqdm(range(0, len(rows), batch_size), desc="evaluate", leave=False, disable=None):
+        batch = rows[start : start + batch_size]
+        prompts = [file.prompts[row] for row in batch]
+        samples = sample(prompts, batch)
+        metadata = [file.metadata[row] for row in batch]
+        for reward_name, values in reward.details(samples.images, prompts, metadata).items():
+            share.scores.setdefault(reward_name, {}).update(zip(batch, values.tolist()))
+        for k, row in enumerate(batch):
+            if row in shown:
+                share.captions[row] = samples.captions[k]
+                share.pictures[row] = samples.images[k].cpu()
+                if samples.films:
+                    share.films[row] = samples.films[k]
+    return merge(gather_objects(share))
+
+
+def merge(shares):
+    """One Evaluation of those of all processes, each with its own rows."""
+    whole = Evaluation(shares[0].name, shares[0].metadata, {}, {}, {}, {})
+    names = set()
+    for share in shares:  # a process without rows has no names
+        names.update(share.scores)
+    for name in sorted(names):
+        whole.scores[name] = {}
+        for share in shares:
+            whole.scores[name].update(share.scores.get(name, {}))
+    for share in shares:
+        whole.captions.update(share.captions)
+        whole.pictures.update(share.pictures)
+        whole.films.update(share.films)
+    return whole
