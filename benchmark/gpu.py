@@ -12,7 +12,6 @@ alone: plain, with gradient checkpointing, and with its blocks compiled. On a CP
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -192,12 +191,12 @@ def make_inputs(config, batch_size, resolution, tokens, dtype):
     }
 
 
-def describe_machine():
-    """The card or processor, and torch's version."""
+def describe_machine(commit):
+    """The card or processor, torch's version, and the commit: the checkout's own, unless it is given."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    if not commit:
+        words = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {"card": card, "torch": torch.__version__, "commit": commit, "date": time.strftime("%Y-%m-%d")}
 
 
@@ -236,12 +235,15 @@ def run_file(args, folder, flags):
         *flags,
     ]
     began = time.time()
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, ROOT / args.script, *map(str, words)], check=True, env=environment)
+    subprocess.run([sys.executable, ROOT / args.script, *map(str, words)], check=True)
     (run_dir,) = (folder / "runs").iterdir()
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     saved = json.loads((run_dir / "args.json").read_text())
-    record = describe_machine() | {"script": args.script, "size": args.size, "flags": " ".join(flags)}
+    record = describe_machine(args.commit) | {
+        "script": args.script,
+        "size": args.size,
+        "flags": " ".join(flags),
+    }
     last = rows[-1]
     for name, value in last.items():
         if name.startswith("perf/") or name == "losses/ratio_first":
@@ -324,7 +326,7 @@ def time_parts(args, folder, device):
                 record["mfu_forward"] = batch_size * forward_flops / record["forward_s"] / peak
                 flops = batch_size * (forward_flops + backward_flops)
                 record["mfu_both"] = flops / record["forward_and_backward_s"] / peak
-            yield describe_machine() | record
+            yield describe_machine(args.commit) | record
         del transformer
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -377,6 +379,7 @@ def parse_args(words):
         "--peak-tflops", type=float, default=989.0, help="dense bfloat16 peak; H100, H200: 989"
     )
     parser.add_argument("--folder", type=Path, help="keep the random models here, for the next call")
+    parser.add_argument("--commit", default="", help="of these files, on a machine that has no repository")
     parser.add_argument("--output", type=Path, help="a .jsonl to append the records to")
     return parser.parse_args(words)
 
