@@ -13,6 +13,7 @@ import symtable
 import sys
 import tokenize
 import typing
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -219,32 +220,31 @@ def common_header(source):
 # === one thing per line ===
 
 
-def density(source):
-    """(tokens per line of code, lines with 30 tokens or more): names, numbers, texts, operators.
+def code_tokens(source):
+    """The lines of names, numbers, texts and operators, one entry per token; an f-string is one token."""
+    counted = ("NAME", "NUMBER", "OP", "STRING", "FSTRING_END")
+    lines = []
+    inside = 0  # of f-strings: from Python 3.12 on they come in pieces
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        name = tokenize.tok_name[token.type]
+        if name == "FSTRING_END":
+            inside -= 1
+        if name in counted and inside == 0:
+            lines.append(token.start[0])
+        if name == "FSTRING_START":
+            inside += 1
+    return lines
 
-    Docstrings, the help of flags, comments and blank lines do not count.
-    """
+
+def density(source):
+    """(tokens per line of code, crowded lines). Docstrings and the help of flags are no code."""
     texts = set()
     for node in ast.walk(ast.parse(source)):
         if is_docstring(node):
             texts.update(range(node.lineno, node.end_lineno + 1))
-    counted = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
-    tokens_of_line = {}
-    in_f_string = 0  # since Python 3.12 they come in pieces; each is one text here
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        name = tokenize.tok_name[token.type]
-        in_f_string -= name == "FSTRING_END"
-        if (
-            token.start[0] not in texts
-            and not in_f_string
-            and (token.type in counted or name == "FSTRING_END")
-        ):
-            tokens_of_line[token.start[0]] = tokens_of_line.get(token.start[0], 0) + 1
-        in_f_string += name == "FSTRING_START"
-    counts = tokens_of_line.values()
-    return sum(counts) / max(len(counts), 1), sorted(
-        n for n, count in tokens_of_line.items() if count >= CROWDED
-    )
+    tokens_of = Counter(line for line in code_tokens(source) if line not in texts)
+    crowded = [line for line, count in sorted(tokens_of.items()) if count >= CROWDED]
+    return sum(tokens_of.values()) / len(tokens_of), crowded
 
 
 def dense_lines(source):
@@ -264,9 +264,8 @@ def crowded_statements(source):
             if len(node.generators) > 1 or len(inner) > 1:
                 found.append(f"line {node.lineno}: nested comprehension")
         if isinstance(node, (ast.For, ast.AsyncFor)):
-            if any(
-                isinstance(child, ast.IfExp) or getattr(child, "ifs", []) for child in ast.walk(node.iter)
-            ):
+            parts = list(ast.walk(node.iter))
+            if any(isinstance(part, ast.IfExp) or getattr(part, "ifs", []) for part in parts):
                 found.append(f"line {node.lineno}: if in the header of a for")
     return found
 
