@@ -237,11 +237,11 @@ def code_tokens(source):
 
 
 def density(source):
-    """(tokens per line of code, crowded lines). Docstrings and the help of flags are no code."""
+    """(tokens per line of code, crowded lines). Docstrings are no code; the help of a flag is one token."""
     texts = set()
     for node in ast.walk(ast.parse(source)):
-        if is_docstring(node):
-            texts.update(range(node.lineno, node.end_lineno + 1))
+        if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS)) and is_docstring(node.body[0]):
+            texts.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     tokens_of = Counter(line for line in code_tokens(source) if line not in texts)
     crowded = [line for line, count in sorted(tokens_of.items()) if count >= CROWDED]
     return sum(tokens_of.values()) / len(tokens_of), crowded
@@ -763,7 +763,8 @@ def test_a_header_without_the_common_end_is_found():
     [
         ("x = 1\n", 3, []),
         ('"""A text."""\n\n# a comment\nx = "a text"\n', 3, []),
-        ('class A:\n    x: int = 1\n    """Help."""\n', 4, []),  # 3 and 5
+        ('class A:\n    x: int = 1\n    """Help."""\n', 3, []),  # 3, 5 and 1
+        ('class A:\n    """Text."""\n\n    x: int = 1\n', 4, []),  # 3 and 5
         ("def f(a):\n    '''Text\n    of two lines.'''\n    return a\n", 4, []),  # 6 and 2
         ("x = f'{a} and {b}'\n", 3, []),
         ("x = [" + "1, " * 13 + "]\n", 30, [1]),
