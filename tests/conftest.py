@@ -1,27 +1,23 @@
-"""What the tests of several files share. Everything here works for any algorithm file.
+"""The fixtures that tests of several files share. Those about runs work for any algorithm file.
 
-Plain helpers are imported, as in `from conftest import Brightness, metrics, saved`. Fixtures are asked for by
-name. A file whose runs need more flags has a fixture of its own on top of `small`:
+A file whose runs need more flags has a fixture of its own on top of `small`:
 
     @pytest.fixture
     def small(small, lm_folder):
         return lambda **changes: small(**{"lm": lm_folder, "max_new_tokens": 4} | changes)
+
+Plain helpers are in small_runs.py: `from small_runs import Brightness, metrics, saved`.
 """
 
-import importlib
 import json
 import multiprocessing
-import os
-import socket
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from rewards import report
-
-ROOT = Path(__file__).resolve().parents[1]
+from small_runs import ROOT, torchrun_environments, work
 
 
 @pytest.fixture(autouse=True)
@@ -70,14 +66,6 @@ def small(tmp_path, write_prompts):
     return lambda **changes: flags | changes
 
 
-def command(script, flags):
-    """The command line that runs a script of the root with these flags."""
-    words = [sys.executable, script]
-    for name, value in flags.items():
-        words += ["--" + name.replace("_", "-"), str(value)]
-    return words
-
-
 @pytest.fixture(scope="session")
 def lm_folder(tmp_path_factory):
     """Folder of an untrained vision-language model, of the classes of tiny/vlm."""
@@ -87,47 +75,14 @@ def lm_folder(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = pretrain.build_chat_tokenizer()
     vlm = pretrain.build_vlm(tokenizer)
-    vlm.generation_config.update(
-        do_sample=True, top_k=1, repetition_penalty=5.0
-    )  # to be ignored, as the hub's
+    # Sampling defaults as checkpoints on the hub have them, but worse: they must be ignored.
+    vlm.generation_config.update(do_sample=True, top_k=1, repetition_penalty=5.0)
     for part in (tokenizer, pretrain.build_image_processor(), vlm.half()):
         part.save_pretrained(folder)
     return str(folder)
 
 
-class Brightness:
-    """A reward without a model: weight times the mean of the pixels.
-
-    It is rounded to 1 / levels, so that it does not notice which images shared a batch. levels=None: not
-    rounded, so that no two images are equal. weight=0 makes it constant.
-    """
-
-    def __init__(self, weight=1.0, levels=200):
-        self.weight = weight
-        self.levels = levels
-
-    def details(self, images, prompts, metadata):
-        brightness = images.flatten(1).mean(1)
-        if self.levels is not None:
-            brightness = (self.levels * brightness).round() / self.levels
-        return {"reward": self.weight * brightness}
-
-
 # === what a run leaves behind ===
-
-
-def metrics(run_dir):
-    """The rows of metrics.jsonl without what depends on the clock."""
-    rows = []
-    for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        rows.append({name: value for name, value in row.items() if not name.startswith("perf/")})
-    return rows
-
-
-def saved(run_dir):
-    """The state in a run's checkpoint."""
-    return report.read_checkpoint(Path(run_dir))
 
 
 @pytest.fixture
@@ -184,36 +139,6 @@ def interrupted_run(monkeypatch):
 
 
 # === several processes ===
-
-
-def free_port():
-    """A port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def torchrun_environments(count):
-    """The variables that torchrun sets, a dict per process. Its own rendezvous takes minutes on a machine
-    whose name does not resolve."""
-    common = {
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
-    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-
-
-def work(algorithm, flags, prepare):
-    """What each process does: `prepare`, then the run."""
-    os.chdir(ROOT)
-    torch.set_num_threads(1)
-    if prepare is not None:
-        prepare()
-    module = importlib.import_module(algorithm)
-    module.train(module.Args(**flags))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -22,9 +23,9 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import ROOT, command
 
 from rewards import BadInput, command_line, report
+from small_runs import ROOT, command, torchrun_environments
 
 ALGORITHMS = [path.stem for path in sorted(ROOT.glob("*.py"))]
 HUGE = 10**30
@@ -376,13 +377,37 @@ def test_an_output_folder_that_cannot_be_made(refusal, tmp_path, output_dir):
     assert refusal({"output_dir": str(tmp_path / output_dir)}).startswith("error: --output-dir ")
 
 
-def test_only_the_first_process_says_what_is_wrong(algorithm, capfd, monkeypatch):
-    for rank in range(3):
-        monkeypatch.setenv("RANK", str(rank))
-        with pytest.raises(SystemExit) as stopped:
-            command_line.execute(algorithm.train, algorithm.Args(seed=-1))
-        assert stopped.value.code == 2
-        assert capfd.readouterr().err.count("\n") == (1 if rank == 0 else 0)
+WRONG_IN_EACH_PROCESS = """
+import dataclasses
+from rewards import command_line
+
+@dataclasses.dataclass
+class Args:
+    seed: command_line.Seed = -1
+
+command_line.execute(print, Args())
+"""
+
+
+def test_what_is_wrong_is_said_once_by_several_processes():
+    # as torchrun does, the others are ended as soon as one has failed
+    processes = []
+    for environment in torchrun_environments(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRONG_IN_EACH_PROCESS],
+            env=os.environ | environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+    while all(process.poll() is None for process in processes):
+        time.sleep(0.1)
+    time.sleep(1)
+    for process in processes:
+        process.kill()
+    errors = [process.communicate()[1] for process in processes]
+    assert errors[0].startswith("error: --seed must be ") and errors[0].count("\n") == 1
+    assert errors[1:] == ["", ""] and processes[0].returncode == 2
 
 
 # === models ===

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import command, metrics, saved
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors import safe_open
@@ -28,6 +27,7 @@ import rewards
 from flow_grpo import Args, train
 from rewards import BadInput, command_line, report
 from rewards.report import pictures
+from small_runs import command, metrics, saved
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
