@@ -70,15 +70,32 @@ def test_every_variant_runs_and_starts_on_policy(small, changes):
         assert rows[2]["losses/kl"] > 0
 
 
-def test_before_after_holds_both_pictures_whole(tmp_path):
+def test_before_after_holds_both_pictures_whole(tmp_path, monkeypatch):
+    sheets = {"000000": ("red", 4), "000001": ("green", 4), "000001_enhanced": ("blue", 9)}
+
+    def save_samples(path, evaluation):
+        suffix = evaluation.name.removeprefix("eval")
+        color, height = sheets[f"{len(log.rows):06d}{suffix}"]
+        Image.new("RGB", (6, height), color).save(path, "PNG")
+
+    monkeypatch.setattr(report.log, "save_samples", save_samples)
     log = report.Log(tmp_path / "run", flow_grpo.__file__, Args(), -1)
-    log.rows = [{"iteration": i, "charts/num_images": i, "eval/geneval": 0.5} for i in (0, 1)]
-    for name, height, color in (("000000", 4, "red"), ("000001", 4, "green"), ("000001_enhanced", 9, "blue")):
-        Image.new("RGB", (6, height), color).save(log.run_dir / "samples" / f"{name}.png")
+    for iteration in (0, 1):
+        evaluations = []
+        for name in ("eval", "eval_enhanced")[: iteration + 1]:
+            scores, pictures = {"reward": {0: 0.5}}, {0: torch.zeros(3, 4, 4)}
+            evaluations.append(report.Evaluation(name, [{}], scores, {0: "a text"}, pictures, {}))
+        log.write({"iteration": iteration, "charts/num_images": iteration}, evaluations)
     log.close()
     both = np.array(Image.open(log.run_dir / "before_after.png"))
-    assert both.shape == (13, 6, 3)  # titles with rewrites make a picture higher
-    assert (both[:4] == (255, 0, 0)).all() and (both[4:] == (0, 0, 255)).all()
+    red = (both == (255, 0, 0)).all(2)
+    blue = (both == (0, 0, 255)).all(2)
+    assert not (both == (0, 128, 0)).all(2).any()  # of the latest sheets, the last
+    # each is whole, and the first is above the other. Titles with rewrites make a picture higher
+    red_rows, blue_rows = (mask.any(1).nonzero()[0] for mask in (red, blue))
+    assert red[red_rows].sum() == red.sum() == 4 * 6 and np.ptp(red_rows) == 3
+    assert blue[blue_rows].sum() == blue.sum() == 9 * 6 and np.ptp(blue_rows) == 8
+    assert red_rows.max() < blue_rows.min()
 
 
 def test_the_curve_is_the_rewards_and_its_legend_hides_nothing(tmp_path, monkeypatch):
@@ -332,7 +349,7 @@ def bad_inputs():
     yield "group of one", change(num_images_per_prompt=1), "at least 2"
     yield "window too long", change(sde_window=4), "--sde-window 4"
     yield "no noise", change(noise_level=0.0), "--noise-level"
-    yield "not a pipeline", change(model="tiny/prompts"), "no diffusers pipeline"
+    yield "not a pipeline", change(model="tiny/prompts"), "model_index.json"
     yield "another family", family, "is a StableDiffusionPipeline; supported"
     yield "resume of nothing", change(resume="nowhere"), "cannot resume"
     if not torch.cuda.is_available():
