@@ -516,7 +516,7 @@ CAUSES = {
     "empty folder": "model_index.json",
     "another folder": "model_index.json",
     "damaged": "model_index.json.*(JSON|damaged)",
-    "empty name": "--model",
+    "empty name": "--model|no name of a model",
 }
 
 

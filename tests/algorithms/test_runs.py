@@ -343,7 +343,7 @@ def bad_inputs():
     yield "no eval prompts", change(prompts="tiny/prompts/eval.jsonl"), "--eval-prompts"
     yield "empty prompts", file("empty.jsonl", "\n\n"), "is empty"
     yield "bad line", file("bad.jsonl", '{"prompt": "a"}\nnot json\n'), "line 2"
-    yield "no metadata", file("plain.txt", "a red circle\n"), "prompt 1 ('a red circle'): geneval"
+    yield "no metadata", file("plain.txt", "a red circle\n"), "'a red circle'): geneval"
     yield "no quoted text", change(rewards="ocr"), "double quotes"
     yield "prompts do not divide", change(num_prompts_per_iteration=3), "multiple of 2"
     yield "group of one", change(num_images_per_prompt=1), "at least 2"
