@@ -1,12 +1,13 @@
 """The rules that keep the algorithm files readable and comparable.
 
+How many lines differ between the files is stated in the README, where a test of benchmark/ binds it.
+
 Each check takes source text and returns the violations that it finds, so that a test below can show that it
 finds them.
 """
 
 import ast
 import builtins
-import difflib
 import io
 import re
 import symtable
@@ -164,21 +165,6 @@ def different_code(source, others):
         first = next((other[name] for other in others if name in other), code)
         if code != first:
             found.append(name)
-    return found
-
-
-def difference(a, b):
-    """(hunks, lines added and removed) of `diff -u` between two files, after their headers."""
-    bodies = [source.splitlines()[ast.parse(source).body[0].end_lineno :] for source in (a, b)]
-    lines = list(difflib.unified_diff(*bodies, lineterm=""))[2:]
-    return sum(line.startswith("@@") for line in lines), sum(line[0] in "+-" for line in lines)
-
-
-def stated_differences(readme):
-    """{algorithm: (hunks, lines)} of the README's table."""
-    found = {}
-    for name, lines, hunks in re.findall(r"\]\((\w+)\.py\) \|.*?\| ([\d,]+) in (\d+) hunks \|", readme):
-        found[name] = int(hunks), int(lines.replace(",", ""))
     return found
 
 
@@ -484,12 +470,6 @@ def test_same_name_same_code(name):
     assert different_code(FILES[name], before(name)) == []
 
 
-def test_the_readme_states_the_differences_from_the_baseline():
-    stated = stated_differences((ROOT / "README.md").read_text())
-    assert {"superflow", "fdfo"} <= set(stated)
-    assert stated == {name: difference(FILES["flow_grpo"], FILES[name]) for name in stated}
-
-
 def test_no_absolute_paths():
     texts = text_files(ROOT)
     assert {"README.md", ".ci/run", "flow_grpo.py", "tests/small_runs.py", "rewards/report/log.py"} <= set(
@@ -777,22 +757,6 @@ def test_density(source, mean, crowded):
 
 def test_three_crowded_lines_are_few():
     assert dense_lines(GOOD.replace(BODY, 3 * CROWDED_LINE + BODY)) == []
-
-
-def test_the_difference_counts_hunks_and_lines_but_not_the_header():
-    assert difference(GOOD, GOOD.replace("A method.", "Another method,\nlonger.")) == (0, 0)
-    assert difference(GOOD, GOOD.replace("A loss.", "Another.")) == (1, 2)
-    both = GOOD.replace("import re", "import rewards.x\nimport re").replace(BODY, "")
-    assert difference(GOOD, both) == (2, 2)
-
-
-def test_the_differences_are_read_from_the_readme():
-    table = (
-        "| [`a.py`](a.py) | A: one, two | the baseline | paper |\n"
-        "| [`b.py`](b.py) | B: one | 145 in 6 hunks | paper |\n"
-        "| [`c.py`](c.py) | C | 1,250 in 16 hunks | paper |\n"
-    )
-    assert stated_differences(table) == {"b": (6, 145), "c": (16, 1250)}
 
 
 def test_package_names():

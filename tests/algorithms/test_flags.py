@@ -220,12 +220,14 @@ def test_the_defaults_are_accepted(refusal):
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("end", [0, 1], ids=["lowest", "highest"])
 def test_a_run_at_the_ends_of_all_ranges_of_reals_ends_without_a_traceback(
-    small, lm_folder, without_pictures, capfd, name, end
+    small, without_pictures, capfd, request, name, end
 ):
     module = importlib.import_module(name)
     flags = small(num_iterations=1)
-    few = dict(lm=lm_folder, max_new_tokens=2, num_refinements=1, sde_window=1)
+    few = dict(max_new_tokens=2, num_refinements=1, sde_window=1)
     flags |= {field: value for field, value in few.items() if field in hints(module.Args)}
+    if "lm" in hints(module.Args):
+        flags["lm"] = request.getfixturevalue("lm_folder")
     for field, hint in hints(module.Args).items():
         if number_and_range(hint)[0] is float:
             flags[field] = ends(hint)[end]
