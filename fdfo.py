@@ -132,7 +132,8 @@ class Args:
     churn: Literal["raw", "logit-normal", "dirac"] = "raw"
     """Where images get private noise: in all steps, around a time that is drawn, or at the start only."""
     churn_weight: Annotated[float, Range(1e-6, 10)] = 0.03
-    """Strength of the private noise. raw: gamma of each step; else the sum of log(1 + gamma) over all steps."""
+    """Strength of the private noise. raw: gamma of each step; else the sum of log(1 + gamma) over all
+    denoising steps."""
     micro_batch_size: PositiveInt = 64
     """Images per forward pass. Sets memory and speed; does not change the result."""
 
@@ -360,11 +361,13 @@ def churn_schedule(sigmas, kind, weight, centre, width=0.25):
         inner = times < 1  # the density is 0 at t = 1
         t = times[inner]
         logit = np.log(t / (1 - t))
+        normal = np.exp(-(((logit - centre) / width) ** 2) / 2)
         density = np.zeros(len(times))
-        density[inner] = np.exp(-(((logit - centre) / width) ** 2) / 2) / (t * (1 - t))
+        density[inner] = normal / (t * (1 - t))
         if density.sum() <= 1e-6:  # no time near the centre
             density[:] = 1
-        churn[:-1] = np.expm1(weight * density / density.sum())
+        shares = weight * density / density.sum()
+        churn[:-1] = np.expm1(shares)
     return churn
 
 
@@ -441,9 +444,11 @@ def deal_tuples(image_numbers, dR, num_images, num_steps, num_updates, seed, ite
     which has the images with these consecutive numbers. Images with dR (B,) of 0 are left out: in a tie,
     nothing is to be learned.
     """
-    order = np.random.default_rng((seed, 4, iteration)).permutation(num_images * num_steps)
+    generator = np.random.default_rng((seed, 4, iteration))
+    num_tuples = num_images * num_steps
+    order = torch.from_numpy(generator.permutation(num_tuples))
     updates = []
-    for tuples in torch.from_numpy(order).split(num_images * num_steps // num_updates):
+    for tuples in order.split(num_tuples // num_updates):
         images = tuples // num_steps - image_numbers[0]
         steps = tuples % num_steps
         is_here = (images >= 0) & (images < len(image_numbers))
@@ -461,7 +466,8 @@ def draw_churn(pairs, sigmas, kind, weight, seed, iteration):
     """
     schedules = []
     for pair in pairs:
-        centre = np.random.default_rng((seed, 2, iteration, pair)).normal(1.0, 1.5)
+        generator = np.random.default_rng((seed, 2, iteration, pair))
+        centre = generator.normal(1.0, 1.5)
         schedules.append(churn_schedule(sigmas, kind, weight, centre))
     return torch.from_numpy(np.repeat(schedules, 2, axis=0)).float()
 
@@ -479,12 +485,14 @@ def churned_rollout(velocity_at, noise, sigmas, churn):
     velocities = []
     num_steps = len(sigmas) - 1
     for i in range(num_steps):
-        velocity = velocity_at(x_t, sigmas[i])
+        t = sigmas[i]
+        t_next = sigmas[i + 1]
+        velocity = velocity_at(x_t, t)
         states.append(x_t)
         velocities.append(velocity)
         is_last = i == num_steps - 1
         fresh_noise = 0.0 if is_last else noise[:, 2 + i]
-        x_t = churned_step(x_t, velocity, sigmas[i], sigmas[i + 1], churn[i + 1], fresh_noise)
+        x_t = churned_step(x_t, velocity, t, t_next, churn[i + 1], fresh_noise)
     return Rollout(x_t, torch.stack(states, dim=1), torch.stack(velocities, dim=1))
 
 
@@ -650,8 +658,9 @@ def train(args):
     K = args.num_images_per_prompt
     U = args.num_updates_per_iteration
     T = args.num_inference_steps
-    # Updates share all images, since tuples are shuffled: the images are split among processes alone.
-    image_numbers, (micro_batches,) = split_images([K] * P, K, 1, args.micro_batch_size, rank, world_size)
+    # Images are split as for a single update, since the tuples of all of them are shuffled.
+    image_numbers, only_update = split_images([K] * P, K, 1, args.micro_batch_size, rank, world_size)
+    micro_batches = only_update[0]
     times = torch.tensor(sigmas, dtype=torch.float64, device=device)
     nothing = torch.zeros(0, device=device)
     for parameter in parameters:
@@ -673,9 +682,8 @@ def train(args):
             metadata = [train_file.metadata[drawn[number // K]] for number in image_numbers]
             noise = draw_noise(image_numbers, 1 + T, latent_shape, args.seed, iteration)
             noise[1::2, 0] = noise[::2, 0]
-            churn = draw_churn(
-                image_numbers[::2], sigmas, args.churn, args.churn_weight, args.seed, iteration
-            )
+            pairs = image_numbers[::2]
+            churn = draw_churn(pairs, sigmas, args.churn, args.churn_weight, args.seed, iteration)
 
             # 2. Sample, and 3. score.
             rollouts = []
@@ -694,11 +702,11 @@ def train(args):
             # 4. Differences within pairs, of latents and of rewards.
             scores = report.gather_scores(score_parts)
             metrics |= report.reward_metrics(scores, [K] * P)
-            rewards_here = scores["reward"].split(len(image_numbers))[rank].to(device)
+            own_rewards = scores["reward"].split(len(image_numbers))[rank]
             x_0 = torch.cat([rollout.x_0 for rollout in rollouts])
             states = torch.cat([rollout.states for rollout in rollouts])
             velocities = torch.cat([rollout.velocities for rollout in rollouts])
-            direction, dR = finite_difference(x_0, rewards_here)
+            direction, dR = finite_difference(x_0, own_rewards.to(device))
 
             learning_rate = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
             optimizer.param_groups[0]["lr"] = learning_rate

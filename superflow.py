@@ -181,10 +181,6 @@ class Args:
 
 def check_args(args):
     """Raises BadInput where flags contradict each other. Their ranges stand beside them, in Args."""
-    if args.num_bins > args.num_images_per_prompt:
-        raise BadInput(f"--num-bins {args.num_bins} must be at most --num-images-per-prompt")
-    if args.pool * args.num_prompts_per_iteration > 1_000_000:
-        raise BadInput("--pool times --num-prompts-per-iteration must be at most 1,000,000")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     share = args.num_updates_per_iteration * world_size
     if args.num_prompts_per_iteration % share:
@@ -198,6 +194,10 @@ def check_args(args):
         raise BadInput(f"--sde-window {args.sde_window} must be below --num-inference-steps")
     if args.sde_type == "cps" and args.noise_level > 1:
         raise BadInput("--noise-level must be at most 1 with --sde-type cps: at 1 all noise is drawn anew")
+    if args.num_bins > args.num_images_per_prompt:
+        raise BadInput(f"--num-bins {args.num_bins} must be at most --num-images-per-prompt")
+    if args.pool * args.num_prompts_per_iteration > 1_000_000:
+        raise BadInput("--pool times --num-prompts-per-iteration must be at most 1,000,000")
 
 
 # === model ===
@@ -527,7 +527,8 @@ def tracker_advantages(rewards, baselines, advantage_std, limit=5.0):
     else:
         std = differences[valid].std(correction=0)
     advantages = (differences - differences[valid].mean()) / (std + 1e-8)
-    return advantages.masked_fill(~valid | (std < 1e-6), 0).clamp(-limit, limit).float()
+    without_signal = ~valid | (std < 1e-6)
+    return advantages.masked_fill(without_signal, 0).clamp(-limit, limit).float()
 
 
 def update_tracker(counts, rows, rewards, forgetting):
@@ -540,10 +541,10 @@ def update_tracker(counts, rows, rewards, forgetting):
     if ((rewards < 0) | (rewards > 1)).any():
         raise BadInput("the tracker needs rewards in [0, 1]: choose such, with weights that add up to 1")
     valid = ~rewards.isnan()
-    outcomes = torch.stack([rewards, 1 - rewards], dim=1).double()  # (B, 2)
+    outcomes = torch.stack([rewards, 1 - rewards], dim=1)  # (B, 2)
     counts = counts.clone()
     counts[rows.unique()] *= forgetting
-    return counts.index_add(0, rows[valid], outcomes[valid])
+    return counts.index_add(0, rows[valid], outcomes[valid].double())
 
 
 def uncertainty(value, floor=0.05):
@@ -560,10 +561,11 @@ def choose_prompts(candidates, weights, count, seed, iteration):
 
     They keep the candidates' order, so nothing changes where all candidates are taken.
     """
-    probabilities = weights / weights.sum()
+    probabilities = (weights / weights.sum()).numpy()
     generator = np.random.default_rng((seed, 4, iteration))
-    chosen = generator.choice(len(candidates), count, replace=False, p=probabilities.numpy())
-    return candidates[np.sort(chosen)]
+    chosen = generator.choice(len(candidates), count, replace=False, p=probabilities)
+    chosen.sort()
+    return candidates[chosen]
 
 
 def choose_group_sizes(value, largest_group, num_bins):
@@ -572,8 +574,9 @@ def choose_group_sizes(value, largest_group, num_bins):
     bin = min(num_bins, 1 + floor(num_bins (1 - 2 value)^2)). Bin 1 is the most uncertain, and all bins have
     the same width in value (1 - value), since (1 - 2 value)^2 = 1 - 4 value (1 - value).
     """
-    bins = (1 + num_bins * (1 - 2 * value) ** 2).long().clamp(max=num_bins)
-    return largest_group - bins + 1
+    certainty = (1 - 2 * value) ** 2
+    bins = (1 + num_bins * certainty).long()
+    return largest_group - bins.clamp(max=num_bins) + 1
 
 
 def step_weights(stds):
@@ -716,11 +719,14 @@ def train(args):
     P = args.num_prompts_per_iteration
     K = args.num_images_per_prompt
     U = args.num_updates_per_iteration
+    num_rows = len(train_file.prompts)
     stds = []  # of all steps but the last, which is never trained
     for i in range(args.num_inference_steps - 1):
         _, std = step_mean_std(0.0, 0.0, sigmas, i, args.noise_level, args.sde_type)
         stds.append(std)
-    weights = step_weights(stds) if args.step_credit else [1.0] * len(stds)
+    weights = [1.0] * len(stds)
+    if args.step_credit:
+        weights = step_weights(stds)
 
     progress = {"iteration": -1, "num_images": 0}
     if args.resume:
@@ -734,23 +740,26 @@ def train(args):
         if iteration == 0:
             # The tracker starts as in SPO: half a success and half a failure, plus the rewards of the base
             # model's images, scaled to the sum at which the counts settle with one image per visit.
-            num_rows = len(train_file.prompts)
-            num_images = args.start_images * num_rows
+            num_images = num_rows * args.start_images
             start_file = join_prompt_files([train_file] * args.start_images)
             start = report.evaluate(
                 "start", sample_for_evaluation, start_file, reward, args.micro_batch_size, num_shown=0
             )
-            start_rewards = torch.tensor([start.scores["reward"][row] for row in range(num_images)])
+            start_rewards = [start.scores["reward"][image] for image in range(num_images)]
+            start_rewards = torch.tensor(start_rewards)
+            rows = torch.arange(num_rows).repeat(args.start_images)
             counts = torch.full((num_rows, 2), 0.5, dtype=torch.float64)
-            counts = update_tracker(counts, torch.arange(num_images) % num_rows, start_rewards, 1.0)
+            counts = update_tracker(counts, rows, start_rewards, forgetting=1.0)
             counts /= (1 - args.forgetting) * counts.sum(1, keepdim=True)
             clock.stop("start")
         if iteration > 0:
             # 1. Draw prompts and their numbers of images by uncertainty, and noise for each image.
-            value = progress["counts"][:, 0] / progress["counts"].sum(1)  # of every training prompt
-            candidates = draw_prompts(len(train_file.prompts), args.pool * P, args.seed, iteration)
+            counts = progress["counts"]
+            value = counts[:, 0] / counts.sum(1)  # of every training prompt
+            candidates = draw_prompts(num_rows, args.pool * P, args.seed, iteration)
             candidates = torch.tensor(candidates)
-            drawn = choose_prompts(candidates, uncertainty(value[candidates]), P, args.seed, iteration)
+            preference = uncertainty(value[candidates])
+            drawn = choose_prompts(candidates, preference, P, args.seed, iteration)
             group_sizes = choose_group_sizes(value[drawn], K, args.num_bins)
             num_images = int(group_sizes.sum())
             # The loss uses the micro-batches of the rollout. Kernels round differently at another batch size,
@@ -790,20 +799,22 @@ def train(args):
             groups = [group_rewards[p, : group_sizes[p]] for p in range(P)]
             group_means = torch.stack([group.nanmean() for group in groups])
             metrics["charts/group_size"] = num_images / P
-            metrics["charts/value_error"] = (value[drawn] - group_means).abs().nanmean().item()
+            value_errors = (value[drawn] - group_means).abs()
+            metrics["charts/value_error"] = value_errors.nanmean().item()
             baselines = value[drawn] if args.baseline == "tracker" else group_means
-            advantages = tracker_advantages(group_rewards, baselines.view(P, 1), args.advantage_std)
+            baselines = baselines.view(P, 1)
+            advantages = tracker_advantages(group_rewards, baselines, args.advantage_std)
             advantages = advantages.flatten()[image_numbers].to(device)
             # The tracker learns the rewards only now: a baseline must not depend on what it is compared with.
             rows = drawn.repeat_interleave(K)
-            counts = update_tracker(progress["counts"], rows, group_rewards.flatten(), args.forgetting)
+            counts = update_tracker(counts, rows, group_rewards.flatten(), args.forgetting)
 
             learning_rate = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
             optimizer.param_groups[0]["lr"] = learning_rate
-            images_per_update = group_sizes.view(U, -1).sum(1).tolist()  # over all processes
+            images_per_update = group_sizes.view(U, -1).sum(1)  # over all processes
             update_logs = []
             for update, micro_batches in enumerate(tqdm(rollouts, desc="train", leave=False, disable=None)):
-                num_terms = images_per_update[update] * len(window)  # of this update's loss
+                num_terms = int(images_per_update[update]) * len(window)  # of this update's loss
                 totals = {}
                 for images, trained_steps in micro_batches:
                     velocity_at = velocity_for(prompts[images])
