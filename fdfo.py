@@ -25,8 +25,8 @@ As published, the direction is the same for all steps of an image, although the 
 the Jacobian of the rest of the sampler in it: a biased estimate, but well conditioned.
 
 Differences from the official settings:
- 1. By default there is one update per rollout, the penalty is on, and the learning rate is annealed; why is
-    in docs/fdfo.md.
+ 1. By default there is one update per rollout, the penalty is on, and the learning rate is annealed. The
+    reasons are in docs/fdfo.md.
  2. Tuples without a difference in reward, about half of all, are left out of the penalty too.
  3. log rho is limited to +-1. Otherwise, after a large first update, a few tuples whose rho has run off would
     have gradients that drown all others. A pair closer than 1e-8 in mean square counts as equal.
@@ -130,16 +130,18 @@ class Args:
     guidance_scale: Annotated[float, Range(0, 100)] = 1.0
     """Classifier-free guidance in sampling, loss and evaluation. Up to 1: none, at half the cost."""
     churn: Literal["raw", "logit-normal", "dirac"] = "raw"
-    """Where images get private noise: in all steps, around a time that is drawn, or at the start only."""
+    """When the two images of a pair get private noise. raw: in all steps; logit-normal: around a time drawn
+    for the pair; dirac: at the start only."""
     churn_weight: Annotated[float, Range(1e-6, 10)] = 0.03
-    """Strength of the private noise. raw: gamma of each step; else the sum of log(1 + gamma) over all
-    denoising steps."""
+    """Strength of the private noise. raw: gamma of each step, which lowers the noise level by the factor
+    1 + gamma and restores it with fresh noise. Others: the sum of log(1 + gamma) over all steps."""
     micro_batch_size: PositiveInt = 64
-    """Images per forward pass. Sets memory and speed; does not change the result."""
+    """Images or (image, step) tuples per forward pass. Sets memory and speed; does not change the result."""
 
     # Algorithm
     clip_range: Annotated[float, Range(0, 1, above_low=True)] = 0.03
-    """eps, how far the loss lets the pseudo-ratio go from 1. Tiny because it is a mean over the latent."""
+    """eps, how far the loss lets the pseudo-ratio go from 1. Tiny because the logarithm of the ratio is a
+    mean over the latent, not a sum."""
     kl_coef: NonNegativeFloat = 0.1
     """beta, weight of the penalty for leaving the base model's velocity. Above 0 it costs a forward pass per
     trained step."""
@@ -476,8 +478,9 @@ def draw_churn(pairs, sigmas, kind, weight, seed, iteration):
 def churned_rollout(velocity_at, noise, sigmas, churn):
     """Samples a batch as a Rollout, with fresh noise in each step.
 
-    velocity_at: a function (x_t, t) -> velocity (B, C, h, w). noise: (B, 1 + T, C, h, w), of which draw 0 is
-    the initial noise. churn: (B, T + 1), as from `draw_churn`.
+    velocity_at: a function (x_t, t) -> velocity (B, C, h, w). churn: (B, T + 1), as from `draw_churn`.
+    noise: (B, 1 + T, C, h, w). Draw 0 is the initial noise, draw 1 churns it, draw 2 + i churns step i. The
+    last step, to 0, has no noise.
     """
     churn = rearrange(churn, "b t -> t b 1 1 1")
     x_t = churned_step(noise[:, 0], 0.0, 1.0, 1.0, churn[0], noise[:, 1])

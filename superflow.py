@@ -125,7 +125,7 @@ class Args:
     num_prompts_per_iteration: PositiveInt = 16
     """P, prompts per iteration, over all processes."""
     num_images_per_prompt: Annotated[int, Range(2, 10_000)] = 16
-    """K, images of a prompt whose value is most uncertain: the size of the largest group."""
+    """K, images per prompt in the largest groups, those of the most uncertain prompts."""
     num_inference_steps: Annotated[int, Range(2, 1000)] = 8
     """T, denoising steps of a training sample. It may be lower than in the evaluation."""
     eval_num_inference_steps: Annotated[int, Range(1, 1000)] = 10
@@ -535,8 +535,8 @@ def update_tracker(counts, rows, rewards, forgetting):
     """New counts (num_prompts, 2) of successes and failures, from rewards (B,) of the prompts rows (B,).
 
         successes <- forgetting * successes + sum of r,   failures <- forgetting * failures + sum of 1 - r
-    A prompt forgets once per visit, however many images it has: they are all of one policy. NaN rewards are
-    ignored. Raises BadInput for rewards outside of [0, 1], which are no share of a success.
+    A prompt forgets once per visit (our choice), however many images it has: they are all of one policy. NaN
+    rewards are ignored. Raises BadInput for rewards outside of [0, 1], which are no share of a success.
     """
     if ((rewards < 0) | (rewards > 1)).any():
         raise BadInput("the tracker needs rewards in [0, 1]: choose such, with weights that add up to 1")
@@ -551,7 +551,7 @@ def uncertainty(value, floor=0.05):
     """sqrt(value (1 - value) + floor), for values (B,): a prompt is chosen with a probability like this.
 
     sqrt(value (1 - value)) is the standard deviation of a reward that is 0 or 1. The floor keeps solved and
-    hopeless prompts in the draw.
+    hopeless prompts in the draw; 0.05 is our choice.
     """
     return (value * (1 - value) + floor).sqrt()
 
@@ -571,8 +571,8 @@ def choose_prompts(candidates, weights, count, seed, iteration):
 def choose_group_sizes(value, largest_group, num_bins):
     """Images per prompt, integers (P,), for the values (P,): largest_group - bin + 1.
 
-    bin = min(num_bins, 1 + floor(num_bins (1 - 2 value)^2)). Bin 1 is the most uncertain, and all bins have
-    the same width in value (1 - value), since (1 - 2 value)^2 = 1 - 4 value (1 - value).
+    bin = min(num_bins, 1 + floor(num_bins (1 - 2 value)^2)). Bin 1 is the most uncertain. All bins have the
+    same width in value (1 - value), our choice, since (1 - 2 value)^2 = 1 - 4 value (1 - value).
     """
     certainty = (1 - 2 * value) ** 2
     bins = (1 + num_bins * certainty).long()
@@ -580,7 +580,7 @@ def choose_group_sizes(value, largest_group, num_bins):
 
 
 def step_weights(stds):
-    """Weights of the advantage at each step, proportional to the steps' standard deviations, of mean 1.
+    """Weights eta * std of the advantage at each step; eta = 1 / mean std, our choice, gives them the mean 1.
 
     The gradient of a step's log-density is proportional to 1 / std. The weight undoes this; without it, the
     steps with the least noise would dominate.

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Brightness, metrics, saved
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch.distributions import Normal, SigmoidTransform, TransformedDistribution
 
@@ -33,6 +32,7 @@ from fdfo import (
     train,
 )
 from rewards import BadInput
+from small_runs import Brightness, metrics, saved
 
 F64 = torch.float64
 KINDS = ["raw", "logit-normal", "dirac"]

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from conftest import Brightness, metrics, saved
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import flow_grpo
@@ -17,6 +16,7 @@ import rewards
 import superflow
 from rewards import BadInput
 from rewards.prompts import load_prompts
+from small_runs import Brightness, metrics, saved
 from superflow import (
     Args,
     choose_group_sizes,
