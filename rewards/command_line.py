@@ -174,15 +174,21 @@ def execute(main, args):
             check_ranges(args)
             main(args)
         except BadInput as error:
-            say_error(f"error: {error}")
+            say_error("error", error)
             sys.exit(2)
         except (FloatingPointError, CannotWrite) as error:
-            say_error(f"stopped: {error}{advice}")
+            say_error("stopped", f"{error}{advice}")
+            sys.exit(1)
+        except RuntimeError as error:
+            if "by peer" not in str(error):  # gloo: Connection closed by peer, or reset by it
+                raise
+            say_error("stopped", f"another process of this run has ended{advice}")
             sys.exit(1)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
                 raise
-            say_error(f"stopped: cannot write {error.filename or 'the output'}: {error.strerror}{advice}")
+            name = error.filename or "the output"
+            say_error("stopped", f"cannot write {name}: {error.strerror}{advice}")
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left as it ends
             sys.exit(1)
     except KeyboardInterrupt:
@@ -225,8 +231,8 @@ def say(message):
         print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
 
 
-def say_error(message, patience=5):
-    """Prints, once for all processes, the error that ends this one.
+def say_error(kind, message, patience=5):
+    """Prints one line, once for all processes, about what ends this one.
 
     Most errors are found by all processes at once, and the first one says so: once it has ended, torchrun
     ends the others, within the seconds that they wait here. What only another process finds, it says itself.
@@ -235,4 +241,4 @@ def say_error(message, patience=5):
     if number > 0:
         time.sleep(patience)
         message = f"process {number}: {message}"
-    print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
+    print(f"{kind}: {' '.join(str(message).splitlines())}", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ import zipfile
 import torch
 
 from rewards import BadInput
-from rewards.report.files import write_aside
+from rewards.report.files import make_folder, write_aside
 
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of each parameter
 
@@ -27,8 +27,8 @@ def write_checkpoint(run_dir, state):
     state["progress"] is a dict whose "iteration" is the last one that has been trained.
     """
     path = run_dir / "checkpoint" / "state.pt"
+    make_folder(path.parent)
     with write_aside(path) as temporary:
-        path.parent.mkdir(exist_ok=True)
         with open(temporary, "wb") as file:
             torch.save(state, file)
 
@@ -39,12 +39,11 @@ def read_checkpoint(run_dir):
     if run_dir.is_dir() and not path.exists():
         raise BadInput(f"cannot resume: {run_dir} has no checkpoint, begin a new run")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        iteration = state["progress"]["iteration"]
+        if not isinstance(state, dict) or not isinstance(state.get("progress"), dict):
+            raise ValueError("it does not say how far the run was")
+        iteration = state["progress"].get("iteration")
         if type(iteration) is not int or iteration < 0:
             raise ValueError("its iteration is not a whole number")
         if iteration > 0:
@@ -53,6 +52,17 @@ def read_checkpoint(run_dir):
         reason = str(error).strip() or type(error).__name__
         raise BadInput(f"cannot resume: {path} is missing or damaged ({reason.splitlines()[0]})") from None
     return State(state)
+
+
+def check_archive(path):
+    """Raises an error unless a file is what torch.save wrote, by its checksums."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        for part in archive.infolist():
+            if part.external_attr:  # torch.load reads nothing of a part that seems to be a folder
+                damaged = part.filename
+    if damaged:
+        raise ValueError(f"the checksum of {damaged} is wrong")
 
 
 def check_optimizers_have_stepped(state):

@@ -43,6 +43,13 @@ def replace_folder(folder):
         yield temporary
 
 
+def make_folder(folder):
+    """Makes a folder, unless it is there."""
+    if not folder.is_dir():
+        with replace_folder(folder):
+            pass
+
+
 def write_text(path, text):
     """Writes a text file in UTF-8."""
     with write_aside(path) as temporary:
@@ -107,14 +114,17 @@ def find_disk_error(error):
 
 
 def describe_failure(path, temporary, error):
-    """One line about a file that could not be written. Removes what there is of it, to free the disk."""
-    size = 0
-    with contextlib.suppress(OSError):
-        files = [temporary, *temporary.rglob("*")]
-        size = sum(file.stat().st_size for file in files if file.is_file())
-        remove(temporary)
+    """One line about a file or folder that could not be written. Removes what there is of it."""
     line = f"cannot write {path}: {error.strerror or error}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = shutil.disk_usage(path.parent).free
-        line += f"; it needs more than {size / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free"
-    return line
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return line
+    # What was written until then, or the last version: some libraries remove what they could not finish.
+    needed = max(size_of(temporary), size_of(path))
+    remove(temporary)
+    free = shutil.disk_usage(path.parent).free
+    return f"{line}; it needs at least {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free"
+
+
+def size_of(path):
+    """Bytes of a file, or of all files in a folder; 0 if there is none."""
+    return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())

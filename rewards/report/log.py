@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 from rewards import BadInput
-from rewards.report.files import remove_leftovers, write_aside, write_text
+from rewards.command_line import CannotWrite
+from rewards.report.files import make_folder, remove_leftovers, write_aside, write_text
 from rewards.report.inputs import describe_inputs
 from rewards.report.lock import lock, unlock
 from rewards.report.metrics import summarise
@@ -26,7 +27,7 @@ class Log:
         if args.resume:
             self.rows = read_rows(self.run_dir, iteration)
             remove_leftovers(self.run_dir)
-            (self.run_dir / "samples").mkdir(exist_ok=True)
+            make_folder(self.run_dir / "samples")
             write_rows(self.run_dir, self.rows)
             self.draw_overview()
             if args.track:
@@ -41,8 +42,10 @@ class Log:
             self.run_dir.mkdir(parents=True)
         except FileExistsError:
             raise BadInput(f"{self.run_dir} exists: another run began that second, try again") from None
+        except OSError as error:
+            raise CannotWrite(f"cannot make {self.run_dir}: {error.strerror}") from None
         try:
-            (self.run_dir / "samples").mkdir()
+            make_folder(self.run_dir / "samples")
             with write_aside(self.run_dir / script.name) as temporary:
                 shutil.copy(script, temporary)
             record = {"algorithm": script.stem, "inputs": inputs} | vars(args)
