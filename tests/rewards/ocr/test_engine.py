@@ -1,4 +1,4 @@
-"""The OCR reward with its real engine on rendered text, and its workers: order, faults, ends."""
+"""The real OCR engine on rendered text, and its workers: order, faults, ends."""
 
 import math
 import os
@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 import flow_grpo
-import rewards
-from rewards.ocr import engine as ppocr
+from rewards.ocr import engine
 from rewards.ocr import reward as ocr
-from rewards.tiny_world import glyphs
+from tests.rewards.drawing import to_batch
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
+
+
 WORDS = (
     "Hello,World,Flow Matching,Coffee Shop,OPEN 24 HOURS,Diffusion,Happy Birthday,Exit 42,New York,Reward"
 ).split(",")
@@ -45,11 +45,6 @@ def render(text, kind, seed):
     return pixels.clip(0, 255).astype(np.uint8)
 
 
-def to_batch(arrays):
-    """List of (H, W, 3) uint8 arrays -> (B, 3, H, W) float in [0, 1]."""
-    return rearrange(torch.from_numpy(np.stack(arrays)), "b h w c -> b c h w") / 255
-
-
 def signs(words):
     return [f'a sign that says "{word}" on a wall' for word in words]
 
@@ -60,7 +55,6 @@ def reward():
     return ocr.make_ocr([{"prompt": prompt} for prompt in prompts], "cpu")
 
 
-# ---- the real engine ----
 def test_rendered_text_is_read(reward):
     kinds = ("plain", "noisy", "textured", "rotated")
     cases = [(WORDS[i % 10], kinds[i % 4]) for i in range(30)]
@@ -100,7 +94,7 @@ def test_colours_reach_the_engine_in_the_order_it_expects(reward, monkeypatch):
     monkeypatch.setattr(rapidocr, "RapidOCR", Engine)
     red = np.zeros((8, 8, 3), np.uint8)
     red[..., 0] = 200
-    assert ppocr.make_engine()(red) == ""
+    assert engine.make_engine()(red) == ""
     assert seen[-1] == (0, 0, 200)  # rapidocr takes arrays as BGR
 
 
@@ -113,46 +107,10 @@ def test_a_run_on_quoted_text_uses_the_engine(tmp_path):
     assert '"eval/ocr": 0.0' in (run_dir / "metrics.jsonl").read_text()  # the tiny model writes no such word
 
 
-# ---- which reader ----
-TINY = {"tag": "text", "text": "K7"}
-
-
-@pytest.mark.parametrize(
-    "metadata, tiny",
-    [
-        ([TINY, {"tag": "text", "text": "AB3"}], True),
-        ([TINY, {"tag": "text", "text": "Hello"}], False),
-        ([TINY, {"tag": "text", "text": "k7"}], False),
-        ([TINY, {"tag": "sign", "text": "K7"}], False),
-        ([TINY, {"prompt": 'the text "K7"'}], False),
-        ([TINY, {"tag": "text", "text": 12}], False),
-    ],
-)
-def test_the_tiny_worlds_reader_is_for_its_own_rows_alone(metadata, tiny):
-    assert (ocr.make_ocr(metadata, "cpu").recogniser is glyphs.read) == tiny
-
-
-@pytest.mark.parametrize("name", ["text_train", "text_eval"])
-def test_the_tiny_worlds_prompts_are_recognised(name):
-    prompts, metadata = rewards.prompts.load_prompts(ROOT / f"tiny/prompts/{name}.jsonl")
-    assert ocr.make_ocr(metadata, "cpu").recogniser is glyphs.read
-
-
-def test_a_text_file_with_quotes_loads_as_it_is(tmp_path):
-    (tmp_path / "train.txt").write_text(
-        'A chalkboard with "Today\'s Menu", chalk\nA neon sign: "Jazz Club"\n'
-    )
-    prompts, metadata = rewards.prompts.load_prompts(tmp_path / "train.txt")
-    reward = rewards.build("ocr", prompts, metadata)  # starts nothing yet
-    assert isinstance(reward.parts["ocr"][0].recogniser, ppocr.Reader)
-    assert [ocr.target_text(*row) for row in zip(prompts, metadata)] == ["Today's Menu", "Jazz Club"]
-
-
-# ---- the workers ----
 WORKER = f"""
 import os, sys, time
-sys.path.insert(0, {str(ROOT / "rewards")!r})
-import ppocr
+sys.path.insert(0, {str(ROOT / "rewards/ocr")!r})
+import engine
 
 def read(pixels):
     value = int(pixels[-1, -1, -1])
@@ -165,14 +123,14 @@ def read(pixels):
     time.sleep(30 if value == 253 else 0.05 * (value % 3))
     return str(value)
 
-ppocr.serve(read)
+engine.serve(read)
 """
 
 
 @pytest.fixture
 def reader(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    return ppocr.Reader(2, [sys.executable, "-P", str(tmp_path / "worker.py")])
+    return engine.Reader(2, [sys.executable, "-P", str(tmp_path / "worker.py")])
 
 
 def greys(*values):
@@ -202,7 +160,7 @@ def test_a_worker_that_dies_costs_one_row_and_is_replaced(reader):
 
 
 def test_an_engine_that_does_not_start_is_an_error_not_nan():
-    reader = ppocr.Reader(2, [sys.executable, "-c", "raise SystemExit(1)"])
+    reader = engine.Reader(2, [sys.executable, "-c", "raise SystemExit(1)"])
     for _ in range(2):
         with pytest.raises(RuntimeError, match="does not start"):
             reader(greys(1, 2, 3))
@@ -210,11 +168,11 @@ def test_an_engine_that_does_not_start_is_an_error_not_nan():
 
 def test_processes_are_shared_by_the_machines_trainers(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    assert ppocr.Reader().idle.qsize() == 8
+    assert engine.Reader().idle.qsize() == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert ppocr.Reader().idle.qsize() == 3
+    assert engine.Reader().idle.qsize() == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "24")
-    assert ppocr.Reader().idle.qsize() == 1
+    assert engine.Reader().idle.qsize() == 1
 
 
 def alive(pid):
@@ -229,8 +187,8 @@ def alive(pid):
 TRAINER = """
 import sys, numpy as np
 sys.path.insert(0, sys.argv[1])
-import ppocr
-reader = ppocr.Reader(2, [sys.executable, "-P", sys.argv[2]])
+import engine
+reader = engine.Reader(2, [sys.executable, "-P", sys.argv[2]])
 results = reader.threads.map(reader.read, np.array([1, 2, 1, 2], np.uint8).repeat(6).reshape(4, 1, 2, 3))
 print(*results, flush=True)
 workers = [reader.idle.get() for _ in range(2)]
@@ -246,7 +204,7 @@ def test_workers_end_with_the_trainer(tmp_path, ending):
     (tmp_path / "worker.py").write_text(WORKER)
     last = {"exit": "", "error": "raise SystemExit(3)", "kill": "import time; time.sleep(60)"}[ending]
     (tmp_path / "trainer.py").write_text(TRAINER + last)
-    words = [sys.executable, tmp_path / "trainer.py", ROOT / "rewards", tmp_path / "worker.py"]
+    words = [sys.executable, tmp_path / "trainer.py", ROOT / "rewards/ocr", tmp_path / "worker.py"]
     trainer = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert trainer.stdout.readline() == "1 2 1 2\n"
     workers = [int(word) for word in trainer.stdout.readline().split()]
