@@ -13,6 +13,8 @@ class RewardError(BadInput):
 
 def reward_failure(name, error):
     """The RewardError for an exception of a reward's own code, whose traceback is printed here."""
-    own_frames = error.__traceback__.tb_next  # without the caller's
-    traceback.print_exception(type(error), error, own_frames)
+    frames = error.__traceback__
+    if frames.tb_next is not None:
+        frames = frames.tb_next  # without the caller's
+    traceback.print_exception(type(error), error, frames)
     return RewardError(f"reward {name!r} failed with {type(error).__name__}, its traceback is above")

@@ -4,7 +4,7 @@ import warnings
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 LONGEST_ASPECT = 100  # long side over short side; beyond it, no reward makes sense of an image
 
@@ -24,6 +24,8 @@ def read_image(path):
                 image = to_srgb(to_8_bits(turn_upright(file)))
     except MemoryError:
         raise ValueError("does not fit in memory") from None
+    except UnidentifiedImageError:
+        raise ValueError("no image, or only the beginning of one") from None
     except Exception as error:  # Pillow's decoders raise anything for broken files
         reason = str(error).split("\n")[0][:100]
         raise ValueError(f"{type(error).__name__}: {reason}") from None

@@ -53,6 +53,8 @@ def load_prompts(path):
     """
     if not str(path):
         raise BadInput("the name of a prompt file is empty: give one")
+    if "\0" in str(path):
+        raise BadInput(f"the name of a prompt file has a NUL character: {str(path)!r}")
     path = Path(path)
     text = read_text(path)
     suffix = path.suffix.lower()
@@ -95,11 +97,8 @@ def read_text(path):
         if not path.is_file():
             raise BadInput(f"prompt file {path} is no ordinary file")
         text = decode(path, path.read_bytes())
-    except (OSError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
-        reason = getattr(error, "strerror", None) or error  # ValueError: a NUL in the name
-        raise BadInput(f"prompt file {str(path)!r} cannot be read: {reason}") from None
+    except OSError as error:
+        raise BadInput(f"prompt file {path} cannot be read: {error.strerror}") from None
     if text.startswith("version https://git-lfs.github.com"):
         raise BadInput(f"prompt file {path} is a pointer of Git LFS, not the file: run `git lfs pull`")
     if text.lstrip()[:15].lower().startswith(("<!doctype html", "<html")):

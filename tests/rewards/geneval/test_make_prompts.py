@@ -1,7 +1,11 @@
 """Training prompts in GenEval's templates."""
 
 import json
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import tyro
@@ -13,6 +17,7 @@ from rewards.geneval import reward as geneval
 from rewards.prompts import load_prompts
 from tests.rewards.geneval.notation import asked, shown
 
+ROOT = Path(__file__).resolve().parents[3]
 ROWS = [  # one in each format: GenEval's evaluation_metadata.jsonl, Flow-GRPO's train_metadata.jsonl
     '{"tag": "position", "include": [{"class": "tv remote", "count": 1}, {"class": "oven", "count": 1, '
     '"position": ["left of", 0]}], "prompt": "a photo of an oven left of a tv remote"}',
@@ -99,6 +104,12 @@ def test_content_is_what_is_asked_for_not_how_it_is_said(a, b, same):
     assert (geneval_prompts.content(asked(a)) == geneval_prompts.content(asked(b))) == same
 
 
+def test_content_takes_none_for_absent():
+    row = asked("red dog, cat above 0")
+    filled = {"include": [{"color": None, "position": None} | clause for clause in row["include"]]}
+    assert geneval_prompts.content(filled) == geneval_prompts.content(row)
+
+
 def test_no_prompt_asks_for_what_is_excluded():
     evaluation = geneval_prompts.generate(SHARES, 2000, set(), seed=3)
     evaluation += [asked(name) for name in detection.CLASSES]
@@ -134,7 +145,8 @@ def test_the_command_writes_a_file_that_loads(tmp_path):
         ({"counting": -1}, "shares"),
         (dict.fromkeys(detection.TAGS, 0), "shares"),
         ({"exclude": "nowhere.jsonl"}, "does not exist"),
-        ({"exclude": "bad.jsonl"}, "'a dog'.*include"),
+        ({"exclude": "bad.jsonl"}, "bad.jsonl, line 1, prompt 'a dog'.*include"),
+        ({"output": "bad.jsonl/train.jsonl"}, "--output bad.jsonl/train.jsonl cannot be written"),
     ],
 )
 def test_the_command_says_what_is_wrong(changes, said, tmp_path, monkeypatch):
@@ -143,3 +155,25 @@ def test_the_command_says_what_is_wrong(changes, said, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match=said):
         geneval_prompts.main(geneval_prompts.Args(**{"output": "train.jsonl", "num_prompts": 3} | changes))
     assert not (tmp_path / "train.jsonl").exists()
+
+
+def test_the_generator_does_not_wait_for_torch():
+    """Its imports: a script that writes text must start at once."""
+    code = (
+        "import sys, time; start = time.perf_counter(); import rewards.geneval.make_prompts;"
+        "print([name for name in ('torch', 'numpy', 'transformers', 'diffusers') if name in sys.modules])"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert output.stdout == "[]\n"
+
+
+def test_help_takes_less_than_two_seconds_and_does_not_load_torch():
+    words = [sys.executable, "-X", "importtime", "-m", "rewards.geneval.make_prompts", "--help"]
+    start = time.perf_counter()
+    output = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 2
+    assert "Writes training prompts" in output.stdout
+    imported = {line.rpartition("|")[2].strip() for line in output.stderr.splitlines()}
+    assert "rewards.geneval.rule" in imported and not {"torch", "numpy", "transformers"} & imported

@@ -229,6 +229,12 @@ def test_colours_are_asked_for_only_where_a_row_asks(small):
     assert calls == [(0.5, *everything, "cat")] + [(1, *everything, "dog")] * 16
 
 
+def test_a_colour_that_is_none_is_not_asked_for(small):
+    detect = mask2former.Detector(Fixed(("dog", 0.95)), colors=None)  # a call of it would fail
+    (found,) = detect(torch.zeros(1, 3, 40, 50), [{"include": [{"class": "dog", "count": 1, "color": None}]}])
+    assert [(d.class_name, d.color) for d in found] == [("dog", None)]
+
+
 def tiny_config(**options):
     swin = dict(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=7)
     swin = SwinConfig(**swin, out_features=["stage1", "stage2", "stage3", "stage4"])

@@ -1,5 +1,6 @@
 """The GenEval reward, and which detector it takes."""
 
+import json
 import math
 import sys
 
@@ -68,6 +69,39 @@ def test_published_prompt_files_load_as_they_are(tmp_path, loaded):
     torch.testing.assert_close(values["geneval_official"], torch.tensor([1.0, 0]))
     torch.testing.assert_close(values["geneval_soft"], torch.tensor([1, 5 / 6]))
     assert loaded == [(HUB_ID, "cpu", False)]
+
+
+def test_a_datasets_export_loads_as_the_file_that_it_was_made_of(tmp_path, loaded):
+    rows = [json.loads(line) for line in ROWS]
+    keys = {"class": None, "count": None, "color": None, "position": None}
+    exported = []
+    for row in rows:
+        include = [keys | clause for clause in row["include"]]
+        exported.append({"exclude": None, "reward": None} | row | {"include": include})
+    (tmp_path / "export.jsonl").write_text("\n".join(map(json.dumps, exported)))
+    prompts, metadata = load_prompts(tmp_path / "export.jsonl")
+    assert metadata == rows
+    images = torch.zeros(2, 3, 8, 8)
+    from_export = rewards.build("geneval", prompts, exported).details(images, prompts, exported)
+    from_file = rewards.build("geneval", prompts, rows).details(images, prompts, rows)
+    for name, values in from_file.items():
+        assert torch.equal(values, from_export[name])
+    assert [asks_colors for *_, asks_colors in loaded] == [False, False]
+
+
+@pytest.mark.parametrize("word", ["mouse", "remote", "keyboard"])
+def test_cocos_names_get_genevals(word, loaded):
+    with pytest.raises(BadInput, match=f"GenEval's name for it is '(computer|tv) {word}'"):
+        geneval.make_geneval([asked("dog"), asked(word)], "cpu")
+    assert not loaded
+
+
+def test_what_no_detector_knows_is_named_with_its_line(tmp_path, loaded):
+    row = asked("dragon") | {"prompt": "a photo of a dragon"}
+    (tmp_path / "train.jsonl").write_text("\n" + json.dumps(row))
+    with pytest.raises(BadInput, match="'dragon' of the prompt .*train.jsonl, line 2"):
+        rewards.build("geneval", *load_prompts(tmp_path / "train.jsonl"))
+    assert not loaded
 
 
 def test_colours_and_the_model_are_passed_on(loaded):

@@ -278,9 +278,23 @@ BAD_METADATA = [
     ({"include": [ask("circle", position=["above", 0])]}, "position"),
     ({"include": [ask("circle"), ask("square", position=["above"])]}, "position"),
     ({"include": [ask("circle"), ask("square", position=3)]}, "position"),
-    ({"include": [ask("circle"), {"class": "square", "count": 1, "position": None}]}, "position"),
+    ({"include": [ask("circle"), ask("square", position=["above", "0"])]}, "position.*not .'above', '0'."),
+    ({"include": [ask("circle"), ask("square", position=["above", True])]}, "position"),
+    ({"include": [ask("circle"), ask("square", position=[["above"], 0])]}, "position"),
+    ({"include": [ask("circle"), ask("square", position={"relation": "above"})]}, "position"),
+    ({"include": [ask("circle", color=["red"])]}, "color"),
+    ({"include": [ask("circle", color=3)]}, "color"),
+    ({"include": [ask("circle", True)]}, r"include\[0\].*count"),
+    ({"include": [ask("circle", 2.0)]}, r"include\[0\].*count"),
+    ({"include": [ask("circle", None)]}, r"include\[0\].*count"),
+    ({"include": [ask(None)]}, r"include\[0\].*class"),
+    ({"include": [ask(3)]}, r"include\[0\].*class"),
+    ({"include": [None]}, r"include\[0\]"),
+    ({"include": '[{"class": "circle", "count": 1}]'}, "include"),
+    ({"include": {"class": ["circle"], "count": [1]}}, "include"),
     ({"include": [ask("circle")], "exclude": [{"class": "circle"}]}, r"exclude\[0\]"),
-    ({"include": [ask("circle")], "exclude": None}, "exclude"),
+    ({"include": [ask("circle")], "exclude": "square"}, "exclude"),
+    ({"include": [ask("circle")], "exclude": [ask("square", position=["above", 0])]}, "position"),
 ]
 
 
@@ -293,3 +307,18 @@ def test_check_metadata_says_what_is_wrong(metadata, said):
 @pytest.mark.parametrize("metadata", ASKED.values(), ids=ASKED)
 def test_check_metadata_accepts_good_rows(metadata):
     rule.check_metadata(metadata)
+
+
+@pytest.mark.parametrize("metadata", ASKED.values(), ids=ASKED)
+def test_a_key_that_is_none_counts_as_absent(metadata):
+    """As a table's export writes rows: all clauses have all keys, None where they had none."""
+    keys = {"class": None, "count": None, "color": None, "position": None}
+    filled = {"tag": "x", "exclude": None, "include": [keys | clause for clause in metadata["include"]]}
+    if "exclude" in metadata:
+        filled["exclude"] = [keys | clause for clause in metadata["exclude"]]
+    rule.check_metadata(filled)
+    for _, shown_text, *_ in SCORES:
+        detections = scene(shown_text)
+        for exact in (False, True):
+            assert rule.passes(detections, filled, exact) == rule.passes(detections, metadata, exact)
+        assert rule.soft_score(detections, filled) == rule.soft_score(detections, metadata)
