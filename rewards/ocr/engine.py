@@ -20,7 +20,7 @@ import sys
 import threading
 import warnings
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 from einops import rearrange
@@ -164,17 +164,21 @@ class Reader:
     def __call__(self, images):
         # in 8 bits: of floats in [0, 1] the engine reads nothing and says nothing
         pixels = (images.detach().float() * 255).round().byte().cpu()
-        pixels = rearrange(pixels, "b c h w -> b h w c").numpy()
+        return self.read_all(rearrange(pixels, "b c h w -> b h w c").numpy())
+
+    def read_all(self, pixels):
+        """The texts in images (B, H, W, 3) uint8. An exception meanwhile, such as Ctrl-C, ends at once."""
         futures = []
         self.interrupted = False
         try:
             for image in pixels:
                 futures.append(self.threads.submit(self.read, image))
             return [future.result() for future in futures]
-        except BaseException:  # Ctrl-C among them: nothing may wait for a worker now
+        except BaseException:  # nothing may wait for a worker now
             for future in futures:
                 future.cancel()
             self.interrupt()
+            wait(futures, timeout=5)  # they have ended, in a moment
             raise
 
     def enlist(self, worker):

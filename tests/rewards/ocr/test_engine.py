@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ def test_a_run_on_quoted_text_uses_the_engine(tmp_path):
 
 
 WORKER = f"""
-import os, sys, time
+import os, signal, sys, time
 sys.path.insert(0, {str(ROOT / "rewards/ocr")!r})
 import engine
 
@@ -120,9 +121,23 @@ def read(pixels):
         raise MemoryError("no room")
     if value == 252:
         os._exit(1)
-    time.sleep(30 if value == 253 else 0.05 * (value % 3))
+    if value == 253:
+        note()
+        time.sleep(600)
+    if value == 254:
+        note()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.05 * (value % 3))
     return str(value)
 
+def note():
+    "Says in the worker's folder that it has come this far."
+    open(os.path.join(os.path.dirname(__file__), "stuck-" + str(os.getpid())), "w").close()
+
+if "starting" in sys.argv:
+    engine.end_with_parent()
+    note()
+    time.sleep(600)
 engine.serve(read)
 """
 
@@ -130,7 +145,7 @@ engine.serve(read)
 @pytest.fixture
 def reader(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    return engine.Reader(2, [sys.executable, "-P", str(tmp_path / "worker.py")])
+    return engine.Reader(2, [sys.executable, "-P", str(tmp_path / "worker.py")], image_seconds=2)
 
 
 def greys(*values):
@@ -175,45 +190,203 @@ def test_processes_are_shared_by_the_machines_trainers(monkeypatch):
     assert engine.Reader().idle.qsize() == 1
 
 
+def state_of(pid):
+    """The letter of /proc: S sleeps, T is stopped, Z has ended and nobody asked for it; "" for no process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return ""
+
+
 def alive(pid):
     """Whether a process runs; one that has ended and whose parent never asks for it does not."""
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
+    return state_of(pid) not in ("", "Z")
 
 
+# ---- a worker that hangs ----
+def test_a_worker_that_hangs_costs_one_row_and_is_replaced(reader):
+    with pytest.warns(UserWarning, match="it took over 2 s and was replaced"):
+        assert reader(greys(1, 253, 3, 4)) == ["1", None, "3", "4"]
+    assert reader(greys(7, 8, 9)) == ["7", "8", "9"]
+
+
+def test_a_worker_that_is_stopped_costs_one_row_and_is_replaced(reader):
+    with pytest.warns(UserWarning, match="it took over 2 s and was replaced"):
+        assert reader(greys(1, 254, 3, 4)) == ["1", None, "3", "4"]
+    assert reader(greys(7, 8, 9)) == ["7", "8", "9"]
+
+
+def test_an_idle_worker_that_is_stopped_is_found_by_the_next_image(reader):
+    reader(greys(1, 2, 3, 4))
+    workers = [reader.idle.get(), reader.idle.get()]
+    for worker in workers:
+        if worker is not None:
+            os.kill(worker.pid, signal.SIGSTOP)
+        reader.idle.put(worker)
+    large = greys(7).expand(2, 3, 8, 4).repeat(1, 1, 100, 100)  # more than a pipe holds: writing hangs, too
+    with pytest.warns(UserWarning, match="it took over 2 s and was replaced"):
+        assert None in reader(large)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the other worker may be stopped still
+        reader(large)
+    assert reader(large) == ["7", "7"]
+    assert not any(alive(worker.pid) for worker in workers if worker is not None)
+
+
+def test_an_engine_that_hangs_while_it_starts_is_an_error():
+    slow = [sys.executable, "-c", "import time; time.sleep(600)"]
+    reader = engine.Reader(2, slow, start_seconds=1)
+    start = time.time()
+    with pytest.raises(engine.EngineError, match="does not start: took over 1 s"):
+        reader(greys(1, 2, 3))
+    assert time.time() - start < 10 and not reader.busy
+
+
+def test_what_a_worker_started_ends_with_it(tmp_path):
+    """As the interpreter behind a shell: a kill of the shell alone would leave it."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = ["sh", "-c", f"{sys.executable} -P {tmp_path / 'worker.py'}; true"]
+    reader = engine.Reader(1, command, image_seconds=1)
+    assert reader(greys(1)) == ["1"]
+    worker = reader.idle.get()
+    reader.idle.put(worker)
+    children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+    with pytest.warns(UserWarning, match="was replaced"):
+        assert reader(greys(253)) == [None]
+    assert children
+    wait_for_the_end_of(map(int, children), seconds=5)
+
+
+def test_a_reader_that_is_thrown_away_stops_its_workers(reader):
+    reader(greys(1, 2, 3, 4))
+    workers = [worker for worker in (reader.idle.get(), reader.idle.get()) if worker is not None]
+    for worker in workers:
+        reader.idle.put(worker)
+    engine.stop_all(reader.idle, reader.busy)
+    assert workers and not any(alive(worker.pid) for worker in workers)
+
+
+# ---- no process is left behind ----
 TRAINER = """
-import sys, numpy as np
+import glob, os, signal, sys, threading, time
 sys.path.insert(0, sys.argv[1])
 import engine
-reader = engine.Reader(2, [sys.executable, "-P", sys.argv[2]])
-results = reader.threads.map(reader.read, np.array([1, 2, 1, 2], np.uint8).repeat(6).reshape(4, 1, 2, 3))
-print(*results, flush=True)
-workers = [reader.idle.get() for _ in range(2)]
-print(*(worker.pid for worker in workers), flush=True)
-for worker in workers:
-    reader.idle.put(worker)
+import numpy as np
+
+def raise_interrupt(number, frame):
+    raise KeyboardInterrupt
+
+def raise_error(number, frame):
+    raise RuntimeError("a mistake elsewhere")
+
+def tell_workers():
+    while len(glob.glob(os.path.dirname(sys.argv[2]) + "/stuck-*")) < 2:
+        time.sleep(0.01)
+    time.sleep(0.1)  # from the note to the sleep, or the stop
+    print(*(worker.pid for worker in reader.busy), flush=True)
+
+signal.signal(signal.SIGUSR1, raise_error)
+if sys.argv[4] == "handled":
+    signal.signal(signal.SIGTERM, raise_interrupt)
+reader = engine.Reader(2, [sys.executable, "-P", sys.argv[2], sys.argv[3]])
+values = [1, 2, 1, 2]
+if sys.argv[3] == "stuck":
+    values = [253, 254, 253, 254]  # one worker hangs, the other one is stopped
+images = np.array(values, np.uint8).repeat(6).reshape(4, 1, 2, 3)
+if sys.argv[3] == "idle":
+    print(*reader.read_all(images), flush=True)
+    workers = [reader.idle.get() for _ in range(2)]
+    print(*(worker.pid for worker in workers), flush=True)
+    for worker in workers:
+        reader.idle.put(worker)
+    if sys.argv[4] == "error":
+        raise SystemExit(3)
+    if sys.argv[4] != "exit":
+        time.sleep(60)
+else:
+    threading.Thread(target=tell_workers, daemon=True).start()
+    reader.read_all(images)
 """
+ENDINGS = {
+    "exception": signal.SIGUSR1,
+    "Ctrl-C": signal.SIGINT,
+    "SIGTERM": signal.SIGTERM,
+    "SIGTERM, handled": signal.SIGTERM,
+    "SIGKILL": signal.SIGKILL,
+}
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
-@pytest.mark.parametrize("ending", ["exit", "error", "kill"])
-def test_workers_end_with_the_trainer(tmp_path, ending):
-    (tmp_path / "worker.py").write_text(WORKER)
-    last = {"exit": "", "error": "raise SystemExit(3)", "kill": "import time; time.sleep(60)"}[ending]
-    (tmp_path / "trainer.py").write_text(TRAINER + last)
-    words = [sys.executable, tmp_path / "trainer.py", ROOT / "rewards/ocr", tmp_path / "worker.py"]
-    trainer = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    assert trainer.stdout.readline() == "1 2 1 2\n"
-    workers = [int(word) for word in trainer.stdout.readline().split()]
-    assert len(set(workers)) == 2
-    if ending == "kill":
-        assert all(map(alive, workers))
-        trainer.send_signal(signal.SIGKILL)
-    assert trainer.wait(timeout=60) == {"exit": 0, "error": 3, "kill": -signal.SIGKILL}[ending]
-    deadline = time.time() + (30 if ending == "kill" else 0)  # else the trainer has waited for them
-    while any(map(alive, workers)) and time.time() < deadline:
-        time.sleep(0.1)
-    assert not any(map(alive, workers))
+@pytest.fixture
+def start_trainer(tmp_path):
+    """start_trainer(state, ending): a trainer with two workers in a state, and the workers' process ids."""
+    trainers = []
+
+    def start(state, ending):
+        (tmp_path / "worker.py").write_text(WORKER)
+        (tmp_path / "trainer.py").write_text(TRAINER)
+        words = [tmp_path / "trainer.py", ROOT / "rewards/ocr", tmp_path / "worker.py", state, ending]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        trainer = subprocess.Popen([sys.executable, *words], **pipes)
+        trainers.append(trainer)
+        if state == "idle":
+            assert trainer.stdout.readline() == "1 2 1 2\n"
+        workers = [int(word) for word in trainer.stdout.readline().split()]
+        assert len(set(workers)) == 2
+        return trainer, workers
+
+    yield start
+    for trainer in trainers:  # of a test that failed
+        trainer.kill()
+        trainer.communicate()
+
+
+def wait_for_the_end_of(processes, seconds):
+    processes = list(processes)
+    deadline = time.time() + seconds
+    while any(map(alive, processes)) and time.time() < deadline:
+        time.sleep(0.02)
+    assert not any(map(alive, processes))
+
+
+has_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
+
+
+@has_proc
+@pytest.mark.parametrize("ending", ["exit", "error"])
+def test_idle_workers_end_with_the_trainer(start_trainer, ending):
+    trainer, workers = start_trainer("idle", ending)
+    assert trainer.wait(timeout=60) == {"exit": 0, "error": 3}[ending]
+    wait_for_the_end_of(workers, seconds=0)  # the trainer has waited for them
+
+
+@has_proc
+@pytest.mark.parametrize("state", ["idle", "stuck", "starting"])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_workers_end_with_the_trainer(start_trainer, state, ending):
+    trainer, workers = start_trainer(state, "handled" if "handled" in ending else ending)
+    states = [state_of(worker) for worker in workers]
+    assert all(map(alive, workers)) and ("T" in states) == (state == "stuck")
+    start = time.time()
+    trainer.send_signal(ENDINGS[ending])
+    _, errors = trainer.communicate(timeout=60)
+    assert time.time() - start < 5  # at once, and not after the image's sixty seconds
+    wait_for_the_end_of(workers, seconds=5)
+    if ending in ("SIGTERM", "SIGKILL"):
+        assert trainer.returncode == -ENDINGS[ending] and "Error" not in errors
+    else:
+        kind = "RuntimeError: a mistake" if ending == "exception" else "KeyboardInterrupt"
+        assert trainer.returncode != 0 and kind in errors and "UserWarning" not in errors
+
+
+def test_a_reader_can_be_used_after_ctrl_c(reader):
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        with pytest.raises(KeyboardInterrupt):
+            reader(greys(1, 253, 253, 253))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert reader(greys(7, 8, 9)) == ["7", "8", "9"]
