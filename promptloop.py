@@ -231,29 +231,45 @@ def check_pipeline(args):
         raise BadInput(f"--model {args.model} has a {scheduler['_class_name']}; steps must be Euler's")
     if scheduler.get("prediction_type", "epsilon") != "epsilon":
         raise BadInput(f"--model {args.model} predicts neither noise nor the velocity of a flow")
+    pixels_per_latent = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     if family == "StableDiffusion3Pipeline":
         if args.max_sequence_length > 0 and "text_encoder_3" not in configs:
             raise BadInput(f"--max-sequence-length must be 0: {args.model} has no T5 encoder")
-    pixels = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)  # per latent
-    if family != "StableDiffusionXLPipeline":
-        pixels = 2 * pixels  # per patch of 2 x 2 latents
-    if args.resolution % pixels:
-        raise BadInput(f"--resolution {args.resolution} must be a multiple of {pixels}")
-    patches = configs.get("transformer", {}).get("pos_embed_max_size")  # per side; only SD3 has this limit
-    if patches is not None and args.resolution > patches * pixels:
-        raise BadInput(f"--resolution {args.resolution} must be at most {patches * pixels}")
+        transformer = configs["transformer"]
+        pixels_per_patch = transformer["patch_size"] * pixels_per_latent
+        largest = pixels_per_patch * transformer["pos_embed_max_size"]
+        if args.resolution % pixels_per_patch or args.resolution > largest:
+            raise BadInput(
+                f"--resolution {args.resolution} must be a multiple of {pixels_per_patch} and at most "
+                f"{largest}"
+            )
+    else:
+        multiple = pixels_per_latent
+        if family == "FluxPipeline":
+            multiple = 2 * pixels_per_latent  # 2 x 2 latents are a token
+        if args.resolution % multiple:
+            raise BadInput(f"--resolution {args.resolution} must be a multiple of {multiple}")
 
 
 def check_lm(args):
     """Raises BadInput where the language model's configuration does not fit the flags. Loads no weights."""
-    config, _ = from_hub(PreTrainedConfig.get_config_dict, args.lm)
-    if config.get("model_type") != "qwen2_5_vl":
-        raise BadInput(f"--lm {args.lm} is no Qwen2.5-VL, the only supported family")
+    if args.lm == "":
+        raise BadInput("--lm is empty: give a folder or a hub id")
+    try:
+        config, _ = from_hub(PreTrainedConfig.get_config_dict, args.lm)
+        model_type = config["model_type"]
+    except (KeyError, TypeError):
+        raise BadInput(f"--lm {args.lm} is no language model: it has no config.json with a type") from None
+    if model_type != "qwen2_5_vl":
+        raise BadInput(f"--lm {args.lm} is no Qwen2.5-VL, the only supported family, but {model_type}")
     text_config = config.get("text_config", config)  # older files have its entries at the top
-    width = text_config["hidden_size"]
+    try:
+        width = int(text_config["hidden_size"])
+        positions = int(text_config["max_position_embeddings"])
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(f"--lm {args.lm}: its config.json is damaged, it lacks sizes") from None
     if args.lm_lora_rank > width:
         raise BadInput(f"--lm-lora-rank {args.lm_lora_rank} must be at most {width}, the width of {args.lm}")
-    positions = text_config["max_position_embeddings"]
     if args.max_new_tokens >= positions:
         raise BadInput(
             f"--max-new-tokens {args.max_new_tokens} must be below {positions}, the positions of {args.lm}"

@@ -233,14 +233,23 @@ def check_model(args):
 
 def check_lm(args):
     """Raises BadInput where the language model's configuration does not fit the flags. Loads no weights."""
-    config, _ = from_hub(PreTrainedConfig.get_config_dict, args.lm)
-    if config.get("model_type") != "qwen2_5_vl":
-        raise BadInput(f"--lm {args.lm} is no Qwen2.5-VL, the only supported family")
+    if args.lm == "":
+        raise BadInput("--lm is empty: give a folder or a hub id")
+    try:
+        config, _ = from_hub(PreTrainedConfig.get_config_dict, args.lm)
+        model_type = config["model_type"]
+    except (KeyError, TypeError):
+        raise BadInput(f"--lm {args.lm} is no language model: it has no config.json with a type") from None
+    if model_type != "qwen2_5_vl":
+        raise BadInput(f"--lm {args.lm} is no Qwen2.5-VL, the only supported family, but {model_type}")
     text_config = config.get("text_config", config)  # older files have its entries at the top
-    width = text_config["hidden_size"]
+    try:
+        width = int(text_config["hidden_size"])
+        positions = int(text_config["max_position_embeddings"])
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(f"--lm {args.lm}: its config.json is damaged, it lacks sizes") from None
     if args.lm_lora_rank > width:
         raise BadInput(f"--lm-lora-rank {args.lm_lora_rank} must be at most {width}, the width of {args.lm}")
-    positions = text_config["max_position_embeddings"]
     if args.max_new_tokens >= positions:
         raise BadInput(
             f"--max-new-tokens {args.max_new_tokens} must be below {positions}, the positions of {args.lm}"
