@@ -349,7 +349,7 @@ def load_flow_lora(pipe, name):
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             loaded += [key for key, _ in component.named_parameters() if "lora_" in key]
-    if len(loaded) != len(tensors):
+    if not tensors or len(loaded) != len(tensors):
         raise BadInput(
             f"--flow-lora {name}: {len(loaded)} of its {len(tensors)} tensors fit the image model. It is "
             "another model's, or it is not in diffusers' format"
@@ -1033,7 +1033,7 @@ def load_evaluated(folder, lm):
     """Restores the language model of the run that --evaluate names. Raises BadInput if it does not fit."""
     try:
         state = report.read_checkpoint(Path(folder))
-        report.restore_parameters(trained_parameters(lm), state["lm"])
+        report.restore_parameters(trained_parameters(lm), state.get("lm", {}))
     except BadInput as error:
         raise BadInput(str(error).replace("cannot resume", "cannot evaluate")) from None
 
