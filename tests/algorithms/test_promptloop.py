@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from conftest import Brightness, metrics, saved
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
@@ -29,6 +28,7 @@ from diffusers import (
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_runs import Brightness, metrics, saved
 from transformers import (
     AutoTokenizer,
     CLIPTextModel,

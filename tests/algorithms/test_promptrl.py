@@ -15,9 +15,9 @@ import pytest
 import safetensors.torch
 import torch
 import tyro
-from conftest import Brightness, metrics, saved
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import PeftModel
+from small_runs import Brightness, metrics, saved
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import promptrl
