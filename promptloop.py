@@ -7,22 +7,25 @@ Read this file beside promptrl.py, function by function, not as a diff of flow_g
 name have the same code. Where promptrl.py has ask, rewrite, mean_per_reply, reply_objective and reply_losses,
 this file has ask_about, refine, sum_per_reply, token_objective and token_losses.
 
-One iteration; the numbers are those of the comments in `train`. The image model is a black box: only the
-policy, a language model, is trained.
+The image model is a black box. Only the policy, a language model that also sees images, is trained.
+
+One iteration; the numbers are those of the comments in `train`:
  1. Draw P prompts, K images for each, and the steps before which their prompts are refined.  draw_schedule
- 2. Run the diffusers pipeline as it is. Before such a step its callback shows the clean image that the last
-    step was heading for, which costs no call of the image model.             sample, clean_prediction
+ 2. Run the diffusers pipeline as it is. Before such a step its callback shows the clean image that the
+    last step was heading for. That costs no call of the image model.         sample, clean_prediction
  3. The policy sees that image, the prompt in use and the original one, and writes the prompt for the steps
     to come.                                                                  refine
  4. Score the final image against the original prompt.                        rewards/
- 5. Advantage = the z-score over the group. All refinements of an image share it.  group_advantages
- 6. GRPO on the tokens, of which all weigh the same, plus a KL penalty to the policy before training.
+ 5. Advantage = the z-score over the group. All refinements of an image share it.
+                                                                              group_advantages
+ 6. GRPO on the tokens, all of which weigh the same, plus a KL penalty to the policy before training.
                                                                               token_losses, token_objective
  7. Take one optimiser step.
 
 Differences from the paper, as far as it is known:
- 1. The KL goes to the policy before training. The paper's goes to the policy that sampled: where each sample
-    is used once, it has no gradient. --lm-kl old is the paper's.
+ 1. The KL goes to the policy before training. The paper's goes to the policy that sampled, which has no
+    gradient where each sample is used once. --lm-kl old is the paper's.
+ 2. The defaults, made for the tiny world, train all weights of the policy. The paper trains a LoRA.
 
 Run (time and memory: docs/promptloop.md; the commands for real models were not run with real weights):
   python promptloop.py                                       # the tiny world: 1.3 GB, 9 minutes on two cores
@@ -34,7 +37,9 @@ Run (time and memory: docs/promptloop.md; the commands for real models were not 
       --num-inference-steps 50 --eval-num-inference-steps 50 --guidance-scale 5 --num-iterations 1000 \\
       --num-prompts-per-iteration 16 --num-images-per-prompt 8 --micro-batch-size 4 \\
       --eval-every 100 --save-every 100
-The paper's models, N_R = 5 and T = 50 are known; the rates and sizes of the last command are our choice.
+
+Known of the paper are its models, 5 refinements and 50 steps. The other settings of the last command are our
+choice.
 
 Conventions, the same in all five files:
   Time t runs from 1 (noise) to 0 (image), and x_t = (1 - t) x_0 + t noise.
@@ -90,8 +95,8 @@ class Args:
     resume_anyway: bool = False
     """Resume even if the script, the prompt files or the model have changed since the run began."""
     evaluate: str = ""
-    """Run folder whose trained policy is evaluated with the image model given here. Nothing is trained, and
-    flags about the policy are read from that run."""
+    """Run folder whose trained policy is evaluated with the image model given here. Nothing is trained.
+    --lm, --lm-lora-rank, --ask, --preview-size and --max-new-tokens are read from that run."""
     eval_every: PositiveInt = 12
     """Iterations between evaluations."""
     save_every: PositiveInt = 12
@@ -111,7 +116,8 @@ class Args:
     """LoRA to load on top of the image model, in diffusers' format, such as runs/X/lora of another
     algorithm."""
     lm: str = "tiny/vlm"
-    """Policy, the language model that refines prompts: a Qwen2.5-VL, as a transformers folder or a hub id."""
+    """The policy, a language model that refines prompts: a Qwen2.5-VL, as a transformers folder or a hub
+    id."""
     ask: str = "Current prompt: {current}. Original prompt: {prompt}. Improve it inside <answer> </answer>."
     """What the policy is asked, after "Preview at 40%." or "No preview yet.". {current} stands for the prompt
     in use, {prompt} for the original one."""

@@ -26,6 +26,7 @@ Differences from the paper and its code:
  5. Weight decay is 1e-4 instead of 0. The defaults, made for the tiny world, have 256 images per iteration
     instead of 64, a = 0.7 instead of 0.8, and no KL of the flow model instead of beta = 4e-3.
  6. The last step is an ODE step. Stable Diffusion 3 stands in for FLUX.1, and there is no editing.
+
 Two biases are kept as published. A reply's loss is divided by its number of tokens, so that a token of a long
 reply weighs less. The mean of a group includes the image itself, which shrinks the gradient by (K - 1) / K.
 
@@ -41,6 +42,7 @@ Run (time and memory: docs/promptrl.md; the commands for real models were not ru
       --micro-batch-size 8 --eval-every 50 --save-every 50 --gradient-checkpointing
   torchrun --nproc_per_node=8 promptrl.py ... --lora-rank 0 --learning-rate 3e-7 \\
       --lm-lora-rank 0 --lm-learning-rate 1e-6
+
 The last command has the paper's settings for OCR: all weights are trained. By our estimate that takes 110 GB
 per GPU. The rates of the LoRAs are our choice.
 
@@ -137,8 +139,8 @@ class Args:
     num_images_per_prompt: Annotated[int, Range(2, 10_000)] = 8
     """K, images per prompt: the size of a group."""
     num_original_prompts: NonNegativeInt = 2
-    """How many images of a group are drawn from the prompt itself; the others get a rewrite each. With as
-    many as --num-images-per-prompt, no language model is loaded."""
+    """How many images of a group are drawn from the prompt itself; each of the others gets its own rewrite.
+    If it equals --num-images-per-prompt, no language model is loaded."""
     max_new_tokens: Annotated[int, Range(1, 4096)] = 32
     """N, the largest number of tokens of a reply of the language model."""
     num_inference_steps: Annotated[int, Range(2, 1000)] = 8
@@ -160,9 +162,10 @@ class Args:
     trained: Literal["both", "flow", "lm"] = "both"
     """Which model is trained; the other one is frozen. A frozen language model still rewrites."""
     format_coef: NonNegativeFloat = 1.0
-    """Reward of a well-formed rewrite, on top of that of its image."""
+    """Reward of a well-formed reply, one with a text between <answer> tags, on top of that of the image."""
     clip_range: Annotated[float, Range(0, 1, above_low=True)] = 1e-3
-    """eps, PPO's clip range. Tiny because log-probabilities are averaged over the latent, not summed."""
+    """eps, PPO's clip range for the flow model. Tiny because log-probabilities are averaged over the latent,
+    not summed."""
     kl_coef: NonNegativeFloat = 0.0
     """beta, weight of the flow model's KL penalty to the base model. Above 0 it costs a forward pass per
     trained step."""
