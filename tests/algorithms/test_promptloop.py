@@ -28,7 +28,6 @@ from diffusers import (
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_runs import Brightness, metrics, saved
 from transformers import (
     AutoTokenizer,
     CLIPTextModel,
@@ -69,6 +68,7 @@ from promptloop import (
     train,
 )
 from rewards import BadInput, report
+from small_runs import Brightness, metrics, saved
 from tiny import pretrain, vlm_world
 
 CPU = torch.device("cpu")
