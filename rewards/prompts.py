@@ -64,9 +64,18 @@ def load_prompt_files(prompts, eval_prompts=""):
         raise BadInput(
             f"--eval-prompts is needed: {path.name} has no `train` in its name to replace by `eval`"
         )
-    files = {"train": load_prompts(path), "eval": load_prompts(eval_path)}
+    paths = {"train": path, "eval": eval_path}
     paraphrased = eval_path.with_stem(eval_path.stem + "_paraphrased")
-    return files | ({"eval_paraphrased": load_prompts(paraphrased)} if paraphrased.is_file() else {})
+    if paraphrased.is_file():
+        paths["eval_paraphrased"] = paraphrased
+    files = {name: load_prompts(path) for name, path in paths.items()}
+    if any("source" in row for file in files.values() for row in file.metadata):
+        from rewards.sources import (
+            resolve_sources,
+        )  # here, not above: text alone needs neither torch nor Pillow
+
+        files = {name: resolve_sources(paths[name], file) for name, file in files.items()}
+    return files
 
 
 def check_tags(prompts, metadata, names):
