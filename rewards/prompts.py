@@ -322,7 +322,8 @@ def load_prompt_files(prompts, eval_prompts=""):
 
     prompts: the training prompts' path. eval_prompts: the held-out ones', or empty for the same path with
     `train` in its name replaced by `eval`. Paraphrases are found by their name: the evaluation's with
-    `_paraphrased` at the end of its stem. Raises BadInput as `load_prompts` does.
+    `_paraphrased` at the end of its stem. The "source" of a row, an image to edit, becomes a path from here.
+    Raises BadInput as `load_prompts` does.
     """
     if not str(prompts):
         raise BadInput("--prompts is empty: name a prompt file")
@@ -334,9 +335,15 @@ def load_prompt_files(prompts, eval_prompts=""):
             f"--eval-prompts is needed: {path.name} has no `train` in its name to replace by `eval`"
         )
     files["eval"] = load_prompts(eval_path)
+    paths = {"train": path, "eval": eval_path}
     paraphrased = eval_path.with_stem(eval_path.stem + "_paraphrased")
     if paraphrased.is_file():
         files["eval_paraphrased"] = load_prompts(paraphrased)
+        paths["eval_paraphrased"] = paraphrased
+    if any("source" in row for row in join_prompt_files(files.values()).metadata):
+        from rewards.sources import resolve_sources  # here, not above: it needs torch
+
+        files = {name: resolve_sources(paths[name], file) for name, file in files.items()}
     return files
 
 
