@@ -273,9 +273,8 @@ def load_model(args, device, dtype):
         transformer.enable_gradient_checkpointing()
     if args.compile:
         for module in transformer.modules():
-            if (
-                type(module).__name__ in transformer._no_split_modules
-            ):  # the blocks, which share compiled code
+            is_block = type(module).__name__ in transformer._no_split_modules
+            if is_block:  # they are compiled one by one, since they share their compiled code
                 module.compile()
     if args.offload_text_encoders:
         move_text_encoders(pipe, "cpu")
