@@ -10,7 +10,7 @@ prompt has two rewards.
 
 import json
 
-from benchmark.records import RUNS
+from benchmark.records import RUNS, shown
 from rewards.prompts import load_prompts
 from tiny.world import PROMPTS
 
@@ -51,4 +51,4 @@ if __name__ == "__main__":
         for name, rows in files(split).items():
             lines = [json.dumps(row) + "\n" for row in rows]
             (FOLDER / f"{name}_{split}.jsonl").write_text("".join(lines))
-    print(f"wrote {FOLDER}")
+    print(f"wrote {shown(FOLDER)}")

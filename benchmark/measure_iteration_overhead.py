@@ -24,7 +24,7 @@ from diffusers import StableDiffusion3Pipeline
 
 import flow_grpo
 import rewards
-from benchmark.records import RUNS, processor
+from benchmark.records import RUNS, processor, shown
 from rewards.prompts import load_prompt_files
 from rewards.report import Log
 
@@ -147,7 +147,7 @@ def main(words):
     own.output.parent.mkdir(parents=True, exist_ok=True)
     own.output.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
-    print(f"wrote {own.output}")
+    print(f"wrote {shown(own.output)}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmark.records import RUNS, commit, processor
+from benchmark.records import RUNS, commit, processor, shown
 from rewards.ocr.engine import Reader, make_engine
 from rewards.ocr.reward import OCR
 
@@ -89,4 +89,4 @@ if __name__ == "__main__":
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
-    print(f"wrote {args.output}")
+    print(f"wrote {shown(args.output)}")

@@ -120,7 +120,7 @@ def refinements(measured):
 
     most = measured.scores("refinements_5", "trained", LOOP)
     more = most - measured.scores("refinements_1", "trained", LOOP)
-    what = "more refinements by the same policy help, 5 less 1"
+    what = "more refinements by the same policy help, 5 minus 1"
     claims = [[what, "rises", signed(more), direction(more, 1)]]
     overhead = measured.overhead("refinements_5")
     is_quick = interval(overhead)[1] <= PAPER_OVERHEAD[5]

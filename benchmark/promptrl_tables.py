@@ -85,13 +85,13 @@ def claims(runs, swaps):
         what = "images to the final score, with rewrites, of the frozen language model's run"
         rows.append([what, "", share(*needed), ""])
     if LM_ONLY in runs:
-        what = "with rewrites, both trained less the language model alone"
+        what = "with rewrites, both trained minus the language model alone"
         difference = last(runs[FULL], ENHANCED) - last(runs[LM_ONLY], ENHANCED)
         rows.append(claim(what, ".97, .76 (RePrompt)", difference, 1))
     for setting, (m, paper) in RETENTION.items():
         if setting in runs:
             difference = last(runs[FULL], SCORE) - last(runs[setting], SCORE)
-            what = f"prompts as they are, m = 2 less m = {m}"
+            what = f"prompts as they are, m = 2 minus m = {m}"
             rows.append(claim(what, f"{paper:+.2f}", difference, 1))
     if swaps:
         rows += swap_claims(runs, swaps)
@@ -124,8 +124,8 @@ def swap_claims(runs, swaps):
             -1,
         ),
         claim(
-            "the trained rewriter with the base model, less the untrained one",
-            "SD3 +0.19, less no rewriter",
+            "the trained rewriter with the base model, minus the untrained one",
+            "SD3 +0.19, minus no rewriter",
             scores("lm") - base,
             1,
         ),
@@ -187,6 +187,6 @@ def tags(runs):
         is_worse = interval(difference)[1] < 0  # of all three rewards, which come last
         outcome = "does not hold here" if is_worse else "holds here: no worse than the specialist"
         rows.append(row + [TAG_PAPER[name], outcome])
-    head = ["reward", "specialist", "GenEval and OCR", "less the specialist", "all three"]
-    head += ["less the specialist", "the paper: specialists, all three", "verdict"]
+    head = ["reward", "specialist", "GenEval and OCR", "minus the specialist", "all three"]
+    head += ["minus the specialist", "the paper: specialists, all three", "verdict"]
     return table(head, rows)

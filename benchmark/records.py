@@ -64,7 +64,13 @@ def write_record(path, record):
     """Writes a record, and says where."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=0) + "\n")
-    print(f"wrote {path}")
+    print(f"wrote {shown(path)}")
+
+
+def shown(path):
+    """A path as it is printed: from here, where it is inside of this folder."""
+    path = Path(path)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def missing_seeds(setting, seeds, results=RESULTS):
@@ -73,7 +79,7 @@ def missing_seeds(setting, seeds, results=RESULTS):
     for seed in seeds:
         path = record_path(setting, seed, results)
         if path.exists():
-            print(f"{path} exists, so seed {seed} is not run. To run it again, give another --results folder")
+            print(f"{shown(path)} exists: seed {seed} is not run. To run it again, give another --results")
         else:
             missing.append(seed)
     return missing

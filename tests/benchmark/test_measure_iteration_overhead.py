@@ -2,10 +2,22 @@
 
 import json
 
+import pytest
+
 from benchmark import measure_iteration_overhead
+from benchmark.measure_iteration_overhead import BareParts, flow_grpo
 from benchmark.records import RESULTS
 
+SMALL = {"num_inference_steps": 3, "num_prompts_per_iteration": 2, "num_images_per_prompt": 3}
 PROMPT = {"prompt": "a circle", "tag": "single_object", "include": [{"class": "circle", "count": 1}]}
+
+
+@pytest.mark.parametrize("micro_batch_size, num_batches, batch_size", [(64, 1, 6), (4, 2, 4), (6, 1, 6)])
+def test_bare_parts_have_the_shapes_of_the_run(micro_batch_size, num_batches, batch_size):
+    bare_parts = BareParts(flow_grpo.Args(micro_batch_size=micro_batch_size, **SMALL))
+    assert bare_parts.num_batches == num_batches and len(bare_parts.x_t) == batch_size
+    assert bare_parts.decode().shape == (batch_size, 3, 64, 64)
+    assert bare_parts.num_trained_steps == 2
 
 
 def test_few_images_are_measured_and_no_record_is_touched(tmp_path, monkeypatch):
