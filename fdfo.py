@@ -39,7 +39,7 @@ Run (time and memory: docs/fdfo.md; the commands for real models were not run wi
       --resolution 512 --rewards ocr --prompts ocr/train.txt --eval-prompts ocr/test.txt \\
       --lora-rank 32 --learning-rate 3e-5 --kl-coef 0 --churn-weight 0.0025 \\
       --num-inference-steps 40 --eval-num-inference-steps 40 --num-updates-per-iteration 4 \\
-      --num-prompts-per-iteration 432 --micro-batch-size 8 --gradient-checkpointing
+      --num-prompts-per-iteration 432 --num-iterations 300 --micro-batch-size 8 --gradient-checkpointing
   torchrun --nproc_per_node=8 fdfo.py ... --num-prompts-per-iteration 448
 
 Conventions, the same in all five files:

@@ -26,10 +26,11 @@ Run (time and memory: docs/flow_grpo.md; the commands for real models were not r
   python flow_grpo.py                                        # the tiny world, under 10 minutes on two cores
   python flow_grpo.py --model stabilityai/stable-diffusion-3.5-medium --max-sequence-length 128 \\
       --resolution 512 --rewards ocr --prompts ocr/train.txt --eval-prompts ocr/test.txt \\
-      --lora-rank 32 --learning-rate 3e-4 --kl-coef 0.04 --clip-range 1e-4 --guidance-scale 4.5 \\
-      --num-inference-steps 10 --sde-window 0 --eval-num-inference-steps 40 \\
+      --lora-rank 32 --learning-rate 3e-4 --kl-coef 0.004 --clip-range 1e-4 --guidance-scale 4.5 \\
+      --num-inference-steps 10 --sde-window 0 --eval-num-inference-steps 40 --num-iterations 1000 \\
       --num-prompts-per-iteration 8 --num-images-per-prompt 8 --micro-batch-size 8 --gradient-checkpointing
   torchrun --nproc_per_node=8 flow_grpo.py ... --num-prompts-per-iteration 48 --num-images-per-prompt 24
+The KL coefficient is the official 0.04 times dt, about 0.1; see difference 1. FLUX.1 and Kontext: docs/your_model.md.
 
 Conventions, the same in all five files:
   Time t runs from 1 (noise) to 0 (image), and x_t = (1 - t) x_0 + t noise.

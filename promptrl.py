@@ -25,7 +25,7 @@ Differences from the paper and its code:
  4. The gradient of each model is clipped to --max-grad-norm. The code does not clip.
  5. Weight decay is 1e-4 instead of 0. The defaults, made for the tiny world, have 256 images per iteration
     instead of 64, a = 0.7 instead of 0.8, and no KL of the flow model instead of beta = 4e-3.
- 6. The last step is an ODE step. Stable Diffusion 3 stands in for FLUX.1, and there is no editing.
+ 6. The last step is an ODE step. The language model does not see the image that is to be edited.
 
 Two biases are kept as published. A reply's loss is divided by its number of tokens, so that a token of a long
 reply weighs less. The mean of a group includes the image itself, which shrinks the gradient by (K - 1) / K.
@@ -161,7 +161,7 @@ class Args:
     noise_level: Annotated[float, Range(0.001, 2)] = 0.7
     """a, the strength of the noise in stochastic steps."""
     sde_type: Literal["flow", "cps"] = "flow"
-    """Stochastic sampler: flow is the paper's SDE, cps is CPS (arXiv 2509.05952)."""
+    """Stochastic sampler: flow is Flow-GRPO's SDE, cps is CPS (arXiv 2509.05952)."""
     sde_window: Annotated[int, Range(0, 999)] = 4
     """W, how many of the first steps are stochastic and trained. 0: all steps but the last."""
     micro_batch_size: PositiveInt = 64
@@ -580,7 +580,7 @@ def token_positions(image, rows, columns):
 def step_mean_std(x_t, velocity, sigmas, i, noise_level, sde_type):
     """Mean (B, C, h, w) and standard deviation (a number) of step i, from t = sigmas[i] to t' = sigmas[i+1].
 
-    flow, the SDE of the paper (arXiv 2505.05470): an Euler-Maruyama step with dt = t - t' > 0. Its marginals
+    flow, the SDE of Flow-GRPO (arXiv 2505.05470): an Euler-Maruyama step with dt = t - t' > 0. Its marginals
     are those of the ODE: the noise explores, and the terms with sigma_t^2 pull back what it adds.
         sigma_t = a sqrt(t / (1 - t)),   std = sigma_t sqrt(dt)
         mean = x_t (1 - sigma_t^2 dt / (2 t)) - v (1 + sigma_t^2 (1 - t) / (2 t)) dt
@@ -599,7 +599,7 @@ def step_mean_std(x_t, velocity, sigmas, i, noise_level, sde_type):
         x_1 = x_t + (1 - t) * velocity
         mean = (1 - t_next) * x_0 + t_next * math.cos(angle) * x_1
         return mean, t_next * math.sin(angle)
-    # sigma_t diverges at t = 1. In the first step the denominator uses t' instead, as in the official code,
+    # sigma_t diverges at t = 1. In the first step the denominator uses t' instead, as in Flow-GRPO's code,
     # which makes its std equal to a.
     denominator = 1 - t_next if i == 0 else 1 - t
     variance = noise_level**2 * t / denominator
@@ -611,7 +611,7 @@ def log_prob(x_next, mean, std):
     """Gaussian log-density of a step, the MEAN over the elements (C, h, w) of a latent: (B,).
 
     For each element, log N(x; mean, std^2) = -(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2. As in DDPO
-    and the official code it is not summed: a sum over 65,536 elements would leave any clip range at once.
+    and Flow-GRPO's code it is not summed: a sum over 65,536 elements would leave any clip range at once.
     """
     density = -((x_next - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)
@@ -620,7 +620,7 @@ def log_prob(x_next, mean, std):
 def gaussian_kl(mean, reference_mean, std):
     """KL divergence of two steps with equal std, the mean over the elements of a latent: (B,).
 
-    KL = (mean - reference_mean)^2 / (2 std^2), the paper's closed form: how far the policy has moved from
+    KL = (mean - reference_mean)^2 / (2 std^2), Flow-GRPO's closed form: how far the policy has moved from
     the base model, in units of the step's noise.
     """
     return ((mean - reference_mean) ** 2).flatten(1).mean(1) / (2 * std**2)

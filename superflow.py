@@ -40,8 +40,9 @@ Run (time and memory: docs/superflow.md; the commands for real models were not r
   python superflow.py                                        # the tiny world, under 10 minutes on two cores
   python superflow.py --model stabilityai/stable-diffusion-3.5-medium --max-sequence-length 128 \\
       --resolution 512 --rewards ocr --prompts ocr/train.txt --eval-prompts ocr/test.txt \\
-      --lora-rank 32 --learning-rate 3e-4 --kl-coef 0.04 --clip-range 1e-4 --guidance-scale 4.5 \\
+      --lora-rank 32 --learning-rate 3e-4 --kl-coef 0.004 --clip-range 1e-4 --guidance-scale 4.5 \\
       --num-inference-steps 10 --sde-window 0 --eval-num-inference-steps 40 --start-images 0 \\
+      --num-iterations 1000 \\
       --num-prompts-per-iteration 8 --num-images-per-prompt 8 --micro-batch-size 8 --gradient-checkpointing
   torchrun --nproc_per_node=8 superflow.py ... --num-prompts-per-iteration 48 --num-images-per-prompt 24
 

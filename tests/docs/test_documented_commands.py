@@ -72,6 +72,17 @@ FLOW_GRPO = {
     "num_iterations": Between(500, 3000),
     "max_grad_norm": one_of(1.0),
 }
+# Flow-GRPO's official configurations for FLUX.1-dev with PickScore and for Kontext: no KL, more noise, six steps
+# in training. The LoRA and the batch are smaller here, for one GPU; a window of steps is its fast variant.
+FLOW_GRPO_FLUX = FLOW_GRPO | {
+    "max_sequence_length": one_of(512),
+    "kl_coef": one_of(0),
+    "guidance_scale": {"pickscore": one_of(3.5), "editreward": one_of(2.5)},
+    "noise_level": one_of(0.9),
+    "num_inference_steps": one_of(6),
+    "eval_num_inference_steps": one_of(28),
+    "sde_window": Between(2, 3),
+}
 # SuperFlow's own settings are unknown but for the model, the LoRA and the noise: the rest is Flow-GRPO's.
 SUPERFLOW = FLOW_GRPO
 # FDFO's official configuration: 432 pairs, or 448 where 8 processes share 4 updates.
@@ -153,7 +164,8 @@ def case_of(field, args):
 def problems(script, args):
     """What differs from the paper in the Args of a command for a real model."""
     found = []
-    for field, allowed in PAPERS[script].items():
+    settings = FLOW_GRPO_FLUX if script == "flow_grpo.py" and "FLUX" in args.model else PAPERS[script]
+    for field, allowed in settings.items():
         if isinstance(allowed, dict):
             case = case_of(field, args)
             if case not in allowed:
