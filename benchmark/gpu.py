@@ -246,7 +246,7 @@ def run_file(args, folder, flags):
     }
     last = rows[-1]
     for name, value in last.items():
-        if name.startswith("perf/") or name == "losses/ratio_first":
+        if name.startswith("perf/") or name.endswith("ratio_first"):
             record[name.split("/")[1]] = value
     record["seconds_in_all"] = time.time() - began
     num_images = last["charts/num_images"] - rows[-2]["charts/num_images"]
