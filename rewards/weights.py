@@ -162,26 +162,28 @@ def from_hub(load, name, **options):
         except BadInput:
             raise
         except Exception as error:  # the libraries raise anything for damaged files
-            raise BadInput(f"cannot load {name}: {find_cause(name, error)}") from error
+            misfit = find_weight(messages, "MISMATCH")
+            cause = f"its weights do not fit its configuration, such as {misfit}"
+            if not misfit:
+                cause = find_cause(name, error)
+            raise BadInput(f"cannot load {name}: {cause}") from error
     if not options.get("output_loading_info"):  # else the caller checks what is missing
-        missing = find_missing_weights(messages)
+        # The libraries fill a model's missing weights with random numbers, with no more than a warning.
+        missing = find_weight(messages, "MISSING")
         if missing:
             raise BadInput(f"cannot load {name}: weights are missing in its files, such as {missing}")
     return loaded
 
 
-def find_missing_weights(messages):
-    """The first weight that a library says it had to make up, "" if there is none.
-
-    The libraries fill a model's missing weights with random numbers, with no more than a warning.
-    """
+def find_weight(messages, status):
+    """The first weight that the libraries' messages say is MISSING or a MISMATCH, "" if there is none."""
     for message in messages:
         for line in message.split("\n"):
-            row = re.match(r"(.+?)\s+\| (?:\x1b\[\d+m)?MISSING", line)  # of transformers' table
+            row = re.match(rf"(.+?)\s+\| (?:\x1b\[\d+m)?{status}", line)  # of transformers' table
             if row:
                 return row[1]
-        listed = re.search(r"are newly initialized: \['([^']+)'", message)  # diffusers'
-        if listed:
+        listed = re.search(r"are newly initialized: \['([^']+)'", message)  # diffusers' of missing ones
+        if listed and status == "MISSING":
             return listed[1]
     return ""
 

@@ -69,15 +69,15 @@ def small(tmp_path, write_prompts):
 @pytest.fixture(scope="session")
 def lm_folder(tmp_path_factory):
     """Folder of an untrained vision-language model, of the classes of tiny/vlm."""
-    from tiny import pretrain  # here: most tests need none of it
+    from tiny import language_model  # here: most tests need none of it
 
     folder = tmp_path_factory.mktemp("vlm")
     torch.manual_seed(0)
-    tokenizer = pretrain.build_chat_tokenizer()
-    vlm = pretrain.build_vlm(tokenizer)
+    tokenizer = language_model.build_chat_tokenizer()
+    vlm = language_model.build_vlm(tokenizer)
     # Sampling defaults as checkpoints on the hub have them, but worse: they must be ignored.
     vlm.generation_config.update(do_sample=True, top_k=1, repetition_penalty=5.0)
-    for part in (tokenizer, pretrain.build_image_processor(), vlm.half()):
+    for part in (tokenizer, language_model.build_image_processor(), vlm.half()):
         part.save_pretrained(folder)
     return str(folder)
 

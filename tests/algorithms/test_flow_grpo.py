@@ -19,6 +19,7 @@ from torch.multiprocessing import spawn
 
 from flow_grpo import (
     Args,
+    Conditions,
     TrainedStep,
     add_to,
     base_weights,
@@ -34,7 +35,7 @@ from flow_grpo import (
     load_model,
     log_prob,
     normalised_log_ratio,
-    predict_velocity,
+    predict_sd3_velocity,
     rollout,
     split_images,
     step_mean_std,
@@ -719,47 +720,56 @@ def tiny_transformer(lora=False, seed=0):
 
 
 def inputs(count, seed=0, tokens=5):
-    """x_t (B, C, h, w), embeds ((B, L, D), (B, D)), negative ((1, L, D), (1, D))."""
+    """x_t (B, C, h, w), the Conditions of B prompts and of one negative prompt."""
     torch.manual_seed(seed)
-    x_t, embeds = torch.randn(count, 8, 8, 8), (torch.randn(count, tokens, 32), torch.randn(count, 16))
-    return x_t, embeds, (torch.randn(1, tokens, 32), torch.randn(1, 16))
+    x_t = torch.randn(count, 8, 8, 8)
+    conditions = Conditions(torch.randn(count, tokens, 32), torch.randn(count, 16))
+    return x_t, conditions, Conditions(torch.randn(1, tokens, 32), torch.randn(1, 16))
 
 
-def call(transformer, x_t, t, embeds, pooled):
+def in_dtype(conditions, dtype):
+    return Conditions(conditions.embeds.to(dtype), conditions.pooled.to(dtype))
+
+
+def call(transformer, x_t, t, embeds, pooled, source=None):
     timestep = torch.full((len(x_t),), 1000 * t)
     return transformer(x_t, encoder_hidden_states=embeds, pooled_projections=pooled, timestep=timestep).sample
 
 
 def test_guidance_one_is_the_conditional_velocity():
-    transformer, (x_t, embeds, negative) = tiny_transformer(), inputs(3)
-    velocity = predict_velocity(transformer, x_t, 0.7, embeds, negative, 1.0)
+    transformer, (x_t, conditions, negative) = tiny_transformer(), inputs(3)
+    velocity = predict_sd3_velocity(transformer, x_t, 0.7, conditions, negative, 1.0)
     assert velocity.dtype == torch.float32 and velocity.shape == x_t.shape and velocity.requires_grad
-    assert torch.equal(velocity, call(transformer, x_t, 0.7, *embeds))
+    assert torch.equal(velocity, call(transformer, x_t, 0.7, *conditions))
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5, 1])
 def test_up_to_a_scale_of_one_there_is_no_guidance(scale):
     # diffusers' rule. A scale of 0 must not draw without the prompt
-    transformer, (x_t, embeds, _) = tiny_transformer(), inputs(3)
-    velocity = predict_velocity(transformer, x_t, 0.7, embeds, None, scale)  # the negative prompt is unused
-    assert torch.equal(velocity, call(transformer, x_t, 0.7, *embeds))
+    transformer, (x_t, conditions, _) = tiny_transformer(), inputs(3)
+    velocity = predict_sd3_velocity(
+        transformer, x_t, 0.7, conditions, None, scale
+    )  # the negative prompt is unused
+    assert torch.equal(velocity, call(transformer, x_t, 0.7, *conditions))
 
 
 @pytest.mark.parametrize("w", [1.25, 2.0, 4.5])
 def test_guidance_is_classifier_free(w):
-    transformer, (x_t, embeds, negative) = tiny_transformer(), inputs(3)
-    conditional = call(transformer, x_t, 0.7, *embeds)
-    unconditional = call(transformer, x_t, 0.7, *(part.expand(3, *part.shape[1:]) for part in negative))
+    transformer, (x_t, conditions, negative) = tiny_transformer(), inputs(3)
+    conditional = call(transformer, x_t, 0.7, *conditions)
+    unconditional = call(
+        transformer, x_t, 0.7, *(tensor.expand(3, *tensor.shape[1:]) for tensor in negative[:2])
+    )
     expected = unconditional + w * (conditional - unconditional)
-    actual = predict_velocity(transformer, x_t, 0.7, embeds, negative, w)
+    actual = predict_sd3_velocity(transformer, x_t, 0.7, conditions, negative, w)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     assert (actual - conditional).abs().max() > 1e-2  # the prompt matters, even to a random network
 
 
 def test_guidance_has_gradient_in_both_branches():
-    transformer, (x_t, embeds, negative) = tiny_transformer(), inputs(3)
-    parts = [part.requires_grad_() for part in (*embeds, *negative)]
-    predict_velocity(transformer, x_t, 0.7, embeds, negative, 4.5).square().sum().backward()
+    transformer, (x_t, conditions, negative) = tiny_transformer(), inputs(3)
+    parts = [tensor.requires_grad_() for tensor in (*conditions[:2], *negative[:2])]
+    predict_sd3_velocity(transformer, x_t, 0.7, conditions, negative, 4.5).square().sum().backward()
     assert all(part.grad.abs().max() > 0 for part in parts)
 
 
@@ -769,14 +779,14 @@ def test_guidance_has_gradient_in_both_branches():
 )
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
 def test_log_prob_does_not_depend_on_the_batch(dtype, limit, guidance_scale):
-    transformer, (x_t, embeds, negative) = tiny_transformer().to(dtype), inputs(4)
-    embeds, negative = ([part.to(dtype) for part in parts] for parts in (embeds, negative))
+    transformer, (x_t, conditions, negative) = tiny_transformer().to(dtype), inputs(4)
+    conditions, negative = in_dtype(conditions, dtype), in_dtype(negative, dtype)
     sigmas, z = shifted_grid(10), torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(1))
 
     def log_probs(rows, i, x_next=None):
-        x, parts = x_t[rows], [part[rows] for part in embeds]
+        x, parts = x_t[rows], Conditions(conditions.embeds[rows], conditions.pooled[rows])
         with torch.no_grad():
-            velocity = predict_velocity(transformer, x, sigmas[i], parts, negative, guidance_scale)
+            velocity = predict_sd3_velocity(transformer, x, sigmas[i], parts, negative, guidance_scale)
         assert velocity.dtype == torch.float32
         mean, std = step_mean_std(x, velocity, sigmas, i, 0.7, "flow")
         x_next = mean + std * z[rows] if x_next is None else x_next[rows]
@@ -792,16 +802,16 @@ def test_log_prob_does_not_depend_on_the_batch(dtype, limit, guidance_scale):
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
 @pytest.mark.parametrize("kind", ["all weights", "lora", "checkpointing", "bfloat16"])
 def test_the_first_ratio_is_exactly_one(kind, guidance_scale, sde_type):
-    transformer, (_, embeds, negative) = tiny_transformer(lora=kind == "lora"), inputs(4)
+    transformer, (_, conditions, negative) = tiny_transformer(lora=kind == "lora"), inputs(4)
     if kind == "checkpointing":
         transformer.enable_gradient_checkpointing()
     if kind == "bfloat16":
-        embeds, negative = ([part.bfloat16() for part in parts] for parts in (embeds, negative))
+        conditions, negative = in_dtype(conditions, torch.bfloat16), in_dtype(negative, torch.bfloat16)
     sigmas, window = shifted_grid(6), range(5)
     noise = draw_noise(range(4), 1 + len(window), (8, 8, 8), 1, 1)
 
     def velocity_at(x_t, t):
-        return predict_velocity(transformer, x_t, t, embeds, negative, guidance_scale)
+        return predict_sd3_velocity(transformer, x_t, t, conditions, negative, guidance_scale)
 
     _, path = rollout(velocity_at, noise, sigmas, window, 0.7, sde_type)
     assert [old.index for old in path] == list(window)
@@ -816,25 +826,25 @@ def test_the_first_ratio_is_exactly_one(kind, guidance_scale, sde_type):
 
 
 def test_the_base_model_is_the_lora_switched_off():
-    transformer, (x_t, embeds, _) = tiny_transformer(lora=True), inputs(3)
+    transformer, (x_t, conditions, _) = tiny_transformer(lora=True), inputs(3)
     plain = tiny_transformer()  # the same weights, never had a LoRA
-    with_lora = call(transformer, x_t, 0.7, *embeds)
+    with_lora = call(transformer, x_t, 0.7, *conditions)
     with base_weights(transformer, None) as network:
-        without = call(network, x_t, 0.7, *embeds)
-    torch.testing.assert_close(without, call(plain, x_t, 0.7, *embeds), rtol=0, atol=1e-6)
+        without = call(network, x_t, 0.7, *conditions)
+    torch.testing.assert_close(without, call(plain, x_t, 0.7, *conditions), rtol=0, atol=1e-6)
     assert (with_lora - without).abs().max() > 1e-2
-    assert torch.equal(call(transformer, x_t, 0.7, *embeds), with_lora)
+    assert torch.equal(call(transformer, x_t, 0.7, *conditions), with_lora)
 
 
 def test_the_base_model_leaves_the_loras_gradient_alone():
     # as in train: forward, base model, backward
     def gradients(visit_base):
-        transformer, (x_t, embeds, _) = tiny_transformer(lora=True), inputs(3)
+        transformer, (x_t, conditions, _) = tiny_transformer(lora=True), inputs(3)
         trained = list(trained_parameters(transformer))
-        velocity = call(transformer, x_t, 0.7, *embeds)
+        velocity = call(transformer, x_t, 0.7, *conditions)
         if visit_base:
             with torch.no_grad(), base_weights(transformer, None) as network:
-                assert not call(network, x_t, 0.7, *embeds).requires_grad
+                assert not call(network, x_t, 0.7, *conditions).requires_grad
         velocity.square().sum().backward()
         found = {name: parameter.grad for name, parameter in trained_parameters(transformer).items()}
         assert list(found) == trained and all("lora" in name for name in trained)
@@ -854,18 +864,18 @@ def test_the_base_model_is_the_frozen_copy_where_there_is_one():
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_the_lora_is_on_again_after_an_error_in_the_base_model(error):
-    transformer, (x_t, embeds, _) = tiny_transformer(lora=True), inputs(3)
-    with_lora = call(transformer, x_t, 0.7, *embeds)
+    transformer, (x_t, conditions, _) = tiny_transformer(lora=True), inputs(3)
+    with_lora = call(transformer, x_t, 0.7, *conditions)
     with pytest.raises(error), base_weights(transformer, None):
-        assert not torch.equal(call(transformer, x_t, 0.7, *embeds), with_lora)
+        assert not torch.equal(call(transformer, x_t, 0.7, *conditions), with_lora)
         raise error
-    assert torch.equal(call(transformer, x_t, 0.7, *embeds), with_lora)
+    assert torch.equal(call(transformer, x_t, 0.7, *conditions), with_lora)
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_trained_parameters_are_those_with_gradient(lora):
-    transformer, (x_t, embeds, _) = tiny_transformer(lora), inputs(3)
-    call(transformer, x_t, 0.7, *embeds).square().sum().backward()
+    transformer, (x_t, conditions, _) = tiny_transformer(lora), inputs(3)
+    call(transformer, x_t, 0.7, *conditions).square().sum().backward()
     parameters = trained_parameters(transformer)
     everything = dict(transformer.named_parameters())
     assert all(everything[name] is parameter for name, parameter in parameters.items())
