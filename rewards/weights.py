@@ -243,7 +243,8 @@ def is_offline(error):
 def looks_like_path(name):
     """Whether a name cannot be a hub id, owner/name, or is in a folder that is there."""
     name = str(name)
-    return not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name[0] == "." or Path(name).parent.is_dir()
+    is_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+    return not is_id or Path(name).parent.is_dir()
 
 
 def first_line(error):
@@ -326,8 +327,9 @@ def is_whole(path):
             return False
         try:
             header = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"))
-        except (ValueError, KeyError, TypeError):
+            header.pop("__metadata__", None)
+            end = max(entry["data_offsets"][1] for entry in header.values())
+        except (ValueError, KeyError, TypeError, AttributeError):
             return False
     return path.stat().st_size == 8 + length + end
 
