@@ -27,8 +27,8 @@ def find_images(folder):
     that is missing, cannot be read or has no images.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        kind = "a file" if folder.exists() else "missing"
+    if not os.path.isdir(folder):
+        kind = "a file" if os.path.exists(folder) else "missing"
         raise BadInput(f"--images {folder} is {kind}: give a folder")
     paths = []
     try:

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -336,7 +337,7 @@ def load_prompt_files(prompts, eval_prompts=""):
         )
     files["eval"] = load_prompts(eval_path)
     paraphrased = eval_path.with_stem(eval_path.stem + "_paraphrased")
-    if paraphrased.is_file():
+    if os.path.isfile(paraphrased):
         files["eval_paraphrased"] = load_prompts(paraphrased)
     return files
 
