@@ -14,6 +14,7 @@ Where the names can be read in several ways, one line says so. An image that can
 import dataclasses
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -155,9 +156,9 @@ def main(args):
     """Scores the images, prints the means as a table and as a last line of JSON."""
     if not args.rewards:
         raise BadInput(f"name one or more rewards: {', '.join(rewards.REGISTRY)}")
-    if args.output and Path(args.output).is_dir():
+    if args.output and os.path.isdir(args.output):
         raise BadInput(f"--output {args.output} is a folder: name a .jsonl")
-    if args.output and not Path(args.output).parent.is_dir():
+    if args.output and not os.path.isdir(Path(args.output).parent):
         raise BadInput(f"--output {args.output}: there is no folder {Path(args.output).parent}")
     file = load_prompts(args.prompts)
     paths = find_images(args.images)

@@ -8,7 +8,7 @@
 Flow-GRPO divides PickScore by 26: that is a weight here, `pickscore:0.03846`.
 """
 
-from pathlib import Path
+import os
 
 import torch
 import torch.nn.functional as F
@@ -213,7 +213,7 @@ def make_aesthetic(metadata, device, model="trl-lib/ddpo-aesthetic-predictor"):
     a file, such as sac+logos+ava1-l14-linearMSE.pth, the original on GitHub
     (christophschuhmann/improved-aesthetic-predictor).
     """
-    path = model if Path(model).is_file() else file_from_hub(model, "aesthetic-model.pth")
+    path = model if os.path.isfile(model) else file_from_hub(model, "aesthetic-model.pth")
     state = {name.removeprefix("layers."): tensor for name, tensor in read_state(path).items()}
     head = load_exactly(linear_head(), state, path)
     return Aesthetic(load_clip(VIT_L, device), head.to(device, torch.float32))

@@ -11,6 +11,7 @@ authors' own files in the folder that the reward is given, `hpsv3@FOLDER`.
 """
 
 import ast
+import os
 import re
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def read_questions(folder, questions, origin):
         text = ""
         for file, name in parts:
             path = Path(folder or "", file)
-            if not folder or not path.is_file():
+            if not folder or not os.path.isfile(path):
                 raise BadInput(
                     f"the questions that this reward's model was trained with are missing: put {file} of "
                     f"{origin} into a folder and name it, REWARD@FOLDER; the weights may be in it too"
@@ -176,14 +177,14 @@ def load(folder, hub_id, file, base, questions, device, source=False):
     """The reward. The weights come from the folder if they are there, else from hub_id; configuration and
     tokenizer of the model that they were trained from come from the folder if it has them, else from base.
     """
-    base = folder if Path(folder, "config.json").is_file() else base
+    base = folder if os.path.isfile(Path(folder, "config.json")) else base
     reader = load_reader(base, pixels=(PIXELS, PIXELS), side="right")
     reader.tokenizer.add_tokens([MARK], special_tokens=True)
     config = from_hub(AutoConfig.from_pretrained, base)
     if config.model_type not in MODELS:
         raise BadInput(f"{base} is a {config.model_type}; this reward reads {', '.join(MODELS)}")
     path = Path(folder, file)
-    if not path.is_file():
+    if not os.path.isfile(path):
         path = file_from_hub(hub_id, file)
     state, head_state = split_state(read_state(path))
     config.get_text_config().vocab_size = len(reader.tokenizer)  # the authors cut the table to its used rows

@@ -27,8 +27,8 @@ def find_images(folder):
     that is missing, cannot be read or has no images.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        kind = "a file" if folder.exists() else "missing"
+    if not os.path.isdir(folder):
+        kind = "a file" if os.path.exists(folder) else "missing"
         raise BadInput(f"--images {folder} is {kind}: give a folder")
     paths = []
     try:
@@ -39,12 +39,17 @@ def find_images(folder):
                     paths.append(path)
     except OSError as error:
         raise BadInput(f"--images {folder}: {error.filename} cannot be read ({error.strerror})") from None
-    paths = [path for path in paths if not (path.stem == "grid" and (path.parent / "samples").is_dir())]
+    paths = [path for path in paths if not is_geneval_grid(path)]
     samples = [path for path in paths if not re.fullmatch(r"grid[-_]\d+", path.stem)]
     paths = samples or paths
     if not paths:
         raise BadInput(f"--images {folder}: 0 images ({', '.join(ENDINGS)})")
     return sorted(paths, key=natural_order)
+
+
+def is_geneval_grid(path):
+    """Whether a path is the overview that GenEval's scripts leave next to the samples."""
+    return path.stem == "grid" and (path.parent / "samples").is_dir()
 
 
 def raise_it(error):
@@ -119,9 +124,10 @@ def pair_like_geneval(folder, names, prompts):
     """The prompt numbers of images as GenEval's scripts leave them, [] for other names."""
     rows = []
     for name in names:
-        if len(name.parts) != 3 or name.parts[1] != "samples" or not name.parts[0].isdecimal():
+        match = re.fullmatch(r"(\d+)/samples/[^/]+", name.as_posix())
+        if match is None:
             return []
-        rows.append(int(name.parts[0]))
+        rows.append(int(match[1]))
     for name, row in zip(names, rows):
         if row >= len(prompts):
             raise out_of_range(name, row, 0, len(prompts))
@@ -168,8 +174,11 @@ def spellings(name):
     trailing = 0
     while trailing < len(words) - leading and words[-1 - trailing].isdecimal():
         trailing += 1
-    cuts = [(start, end) for start in range(leading + 1) for end in range(trailing + 1)]
-    found = [" ".join(words[start : len(words) - end]) for start, end in sorted(cuts, key=sum)]
+    found = []
+    for start in range(leading + 1):
+        for end in range(trailing + 1):
+            found.append(" ".join(words[start : len(words) - end]))
+    found.sort(key=len, reverse=True)  # "route 66" before "route"
     found.append(words_of(name.parent.name))
     return [text for text in found if re.search(r"[^\W\d_]", text)]  # numbers alone spell nothing
 
@@ -224,7 +233,8 @@ def find_readings(names, num_prompts, number, firsts):
             if is_new and min(rows) >= 0 and max(rows) < num_prompts:
                 readings.append(Reading(place, first, rows))
     if not readings:
-        raise out_of_range(names[values.index(max(values))], max(values), firsts[0], num_prompts)
+        largest = max(values)
+        raise out_of_range(names[values.index(largest)], largest, firsts[0], num_prompts)
     return readings
 
 

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from rewards.errors import BadInput
 
 READ = ".txt (one prompt per line), .jsonl, .json, .csv or .tsv"
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+ENDINGS = JSON_LINES + (".txt", ".json", ".csv", ".tsv")
 # Byte-order marks. UTF-32's begins with UTF-16's, so it stands first.
 MARKS = (
     (codecs.BOM_UTF8, "UTF-8"),
@@ -92,7 +94,7 @@ def read_text(path):
                 f"prompt file {path}: {path.suffix} is not read; convert it, for example with pandas: "
                 "read_parquet(...).to_json('prompts.jsonl', orient='records', lines=True)"
             )
-        if path.suffix.lower() not in (".txt", *JSON_LINES, ".json", ".csv", ".tsv"):
+        if path.suffix.lower() not in ENDINGS:
             raise BadInput(f"prompt file {path}: its name must end in {READ}")
         if not path.is_file():
             raise BadInput(f"prompt file {path} is no ordinary file")
@@ -337,7 +339,7 @@ def load_prompt_files(prompts, eval_prompts=""):
     files["eval"] = load_prompts(eval_path)
     paths = {"train": path, "eval": eval_path}
     paraphrased = eval_path.with_stem(eval_path.stem + "_paraphrased")
-    if paraphrased.is_file():
+    if os.path.isfile(paraphrased):
         files["eval_paraphrased"] = load_prompts(paraphrased)
         paths["eval_paraphrased"] = paraphrased
     if any("source" in row for row in join_prompt_files(files.values()).metadata):
@@ -359,7 +361,7 @@ def check_tags(prompts, metadata, names):
     """Raises BadInput for a prompt whose tag, metadata["reward"], is none of these rewards."""
     for row, (prompt, data) in enumerate(zip(prompts, metadata)):
         tag = data.get("reward")
-        if tag not in (None, *names):
+        if tag is not None and tag not in list(names):
             raise BadInput(
                 f'{describe_row(row, prompt, data)} has the tag "reward": {tag!r}, name it in --rewards'
             )

@@ -182,4 +182,5 @@ class WeightedSum:
             rows = judged_rows(name, metadata)
             if len(rows) < len(metadata) and hasattr(self.parts[name][0], "details"):
                 black = torch.zeros(1, 3, 64, 64, device=device)
-                self.ask(name, [0], black, [prompts[rows[0]]], [metadata[rows[0]]])
+                first = rows[0]
+                self.ask(name, [0], black, [prompts[first]], [metadata[first]])

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import re
 import struct
 from pathlib import Path
@@ -77,7 +78,7 @@ def read_pipeline_configs(name):
 
 def is_left_out(name, component):
     """Whether a component's folder is not in a local folder: SD3 is often copied without its large T5."""
-    return Path(name).is_dir() and not Path(name, component).exists()
+    return os.path.isdir(name) and not os.path.exists(Path(name, component))
 
 
 def read_config(name, filename):
@@ -192,9 +193,9 @@ def file_from_hub(name, filename):
     """Path of one file of a local folder, or of a hub repository. BadInput where it is not there."""
     check_name(name)
     path = Path(name, filename)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, it takes a name of any length
         return path
-    if Path(name).exists():
+    if os.path.exists(name):
         raise BadInput(f"cannot load {name}: {describe_folder(Path(name), filename)}")
     return from_hub(lambda name: hf_hub_download(name, filename), name)
 
@@ -207,7 +208,7 @@ def check_name(name):
 
 def find_cause(name, error):
     """Why a model was not loaded and what to do about it, in one line."""
-    if Path(name).exists():
+    if os.path.exists(name):
         fault = find_fault(Path(name))
         return fault or f"{first_line(error)} ({type(error).__name__})"
     causes = [error]
@@ -243,7 +244,8 @@ def is_offline(error):
 def looks_like_path(name):
     """Whether a name cannot be a hub id, owner/name, or is in a folder that is there."""
     name = str(name)
-    return not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name[0] == "." or Path(name).parent.is_dir()
+    is_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+    return not is_id or os.path.isdir(Path(name).parent)
 
 
 def first_line(error):
@@ -326,8 +328,9 @@ def is_whole(path):
             return False
         try:
             header = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"))
-        except (ValueError, KeyError, TypeError):
+            header.pop("__metadata__", None)
+            end = max(entry["data_offsets"][1] for entry in header.values())
+        except (ValueError, KeyError, TypeError, AttributeError):
             return False
     return path.stat().st_size == 8 + length + end
 

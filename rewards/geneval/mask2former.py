@@ -70,7 +70,8 @@ def preprocess(images):
     w = int(width * scale + 0.5)
     # 8 bits before and after the resize: the detector was trained on, and GenEval reads, saved pictures
     images = (images.float() * 255).round()
-    images = F.interpolate(images, (h, w), mode="bilinear", antialias=True).round() / 255
+    images = F.interpolate(images, (h, w), mode="bilinear", antialias=True)
+    images = images.round() / 255
     mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(STD, device=images.device).view(3, 1, 1)
     padding = (0, -w % DIVISOR, 0, -h % DIVISOR)
@@ -90,7 +91,7 @@ def find_instances(class_logits, mask_logits, padded, resized, original, thresho
     likely = probability > threshold  # no score is above its probability: the other masks need not be made
     probability = probability[likely]
     index = index[likely]
-    logits = mask_logits.new_zeros(0, *original)
+    logits = mask_logits.new_zeros((0,) + tuple(original))
     if len(index) > 0:  # interpolate takes no empty batch
         logits = mask_logits[index // num_classes][None]
         logits = F.interpolate(logits, padded, mode="bilinear")
@@ -98,7 +99,8 @@ def find_instances(class_logits, mask_logits, padded, resized, original, thresho
         logits = F.interpolate(logits, original, mode="bilinear")[0]
     masks = logits > 0  # (N, H, W)
     area = masks.sum(dim=(1, 2)).clamp(min=1)  # an empty mask scores 0
-    scores = probability * (logits.sigmoid() * masks).sum(dim=(1, 2)) / area
+    inside = logits.sigmoid() * masks
+    scores = probability * inside.sum(dim=(1, 2)) / area
     order = scores.argsort(descending=True, stable=True)
     order = order[scores[order] > threshold]
     classes = index[order] % num_classes
@@ -140,33 +142,42 @@ class Detector:
             chunk = chunk.to(self.model.device, torch.float32)
             pixels, resized = preprocess(chunk)
             class_logits, mask_logits = self.model(pixels)
+            padded = pixels.shape[-2:]
+            original = chunk.shape[-2:]
             for k, image in enumerate(chunk):
-                if not (class_logits[k].isfinite().all() and mask_logits[k].isfinite().all()):
+                row = metadata[len(found)]
+                threshold = THRESHOLD
+                if row.get("tag") == "counting":
+                    threshold = COUNTING_THRESHOLD
+                finite = class_logits[k].isfinite().all() and mask_logits[k].isfinite().all()
+                if not finite:
                     found.append(None)
                     continue
-                row = metadata[len(found)]
-                scores, classes, boxes, masks = find_instances(
-                    class_logits[k],
-                    mask_logits[k],
-                    pixels.shape[-2:],
-                    resized,
-                    image.shape[-2:],
-                    COUNTING_THRESHOLD if row.get("tag") == "counting" else THRESHOLD,
+                instances = find_instances(
+                    class_logits[k], mask_logits[k], padded, resized, original, threshold
                 )
-                found.append(self.describe(image, row, scores, classes, boxes, masks))
+                found.append(self.describe(image, row, instances))
         return found
 
-    def describe(self, image, metadata, scores, classes, boxes, masks):
-        """The `Detection`s of one image, best first; the scorer takes at most MAX_OBJECTS of a class."""
+    def describe(self, image, metadata, instances):
+        """The `Detection`s of one image, best first; the scorer takes at most MAX_OBJECTS of a class.
+
+        instances: as from `find_instances`.
+        """
         asked = {clause["class"] for clause in metadata["include"] if asked_color(clause) is not None}
         detections = []
         counts = Counter()
-        for score, label, box, mask in zip(scores.tolist(), classes.tolist(), boxes.tolist(), masks):
+        scores, classes, boxes, masks = instances
+        for n, label in enumerate(classes.tolist()):
             name = CLASSES[label]
+            box = boxes[n].tolist()
             counts[name] += 1
-            if counts[name] <= MAX_OBJECTS:
-                color = self.colors(image, box, mask, name) if name in asked else None
-                detections.append(Detection(name, tuple(box), score, color))
+            if counts[name] > MAX_OBJECTS:
+                continue
+            color = None
+            if name in asked:
+                color = self.colors(image, box, masks[n], name)
+            detections.append(Detection(name, tuple(box), scores[n].item(), color))
         return detections
 
 

@@ -234,19 +234,21 @@ class Reader:
     def ask(self, worker, pixels):
         """The worker's answer for an image (H, W, 3) uint8, None when its process has died or hung."""
         height, width, _ = pixels.shape
+        answer = None
         with Deadline(worker, self.image_seconds) as deadline:
             try:
                 worker.stdin.write(b"%d %d\n" % (height, width))
                 worker.stdin.write(pixels.tobytes())
                 worker.stdin.flush()
-                return json.loads(worker.stdout.readline())
+                answer = json.loads(worker.stdout.readline())
             except (OSError, ValueError):  # a broken pipe, or half an answer
                 pass
-        if deadline.passed:
+        if deadline.passed:  # the worker is killed, even if it has answered in the last moment
             self.warn(f"it took over {self.image_seconds} s and was replaced")
-        elif not self.interrupted:  # else it was killed to end this wait
+            return None
+        if answer is None and not self.interrupted:  # else it was killed to end this wait
             self.warn("its process died")
-        return None
+        return answer
 
     def warn(self, reason):
         warnings.warn(f"ocr: the engine failed on an image, reward NaN: {reason}", stacklevel=2)

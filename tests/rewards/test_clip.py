@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import constants, try_to_load_from_cache
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
 from rewards import BadInput, clip, imagereward
 from rewards import weights as convert
@@ -106,6 +106,20 @@ def test_a_text_beyond_the_models_length_is_cut(tiny):
     long = tiny.text_embeds(["a" * 38, "a" * 39, "a" * 1000])
     torch.testing.assert_close(long[1:], long[:1].expand(2, -1))
     assert (tiny.text_embeds(["a" * 37]) - long[:1]).abs().max() > 1e-3
+
+
+def test_a_mark_in_a_text_is_text(tiny):
+    """As the token that ends a text, </s> would hide all that follows: the state is read at the first one."""
+    ends = tiny.text_embeds(["a dog</s> and a cat", "a dog</s> and a cow", "a dog", "<s>a dog"])
+    for k in (1, 2, 3):
+        assert (ends[0] - ends[k]).abs().max() > 1e-3
+    marked = PreTrainedTokenizerFast(
+        tokenizer_object=tiny.tokenizer.backend_tokenizer, eos_token="</s>", bos_token="<s>", pad_token="</s>"
+    )
+    other = clip.Clip(tiny.model, marked)
+    assert marked("a</s>").input_ids.count(257) == 2  # what it would be
+    ends = other.text_embeds(["a dog</s> and a cat", "a dog</s> and a cow", "a dog"])
+    assert (ends[0] - ends[1]).abs().max() > 1e-3 and (ends[0] - ends[2]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 100])

@@ -284,7 +284,14 @@ def test_a_grid_counts_where_there_is_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "folder, said", [("none", "is missing"), ("file.png", "is a file"), ("empty", "0 images .*png")]
+    "folder, said",
+    [
+        ("none", "is missing"),
+        ("a" * 5000, "is missing"),
+        ("a\0b", "is missing"),
+        ("file.png", "is a file"),
+        ("empty", "0 images .*png"),
+    ],
 )
 def test_a_folder_without_images_is_one_line(tmp_path, folder, said):
     (tmp_path / "empty").mkdir()

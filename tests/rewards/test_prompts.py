@@ -304,10 +304,15 @@ def test_what_is_no_file_is_one_line(tmp_path, monkeypatch):
         with pytest.raises(BadInput, match=said) as error:
             load_prompts(path)
         assert "\n" not in str(error.value)
+    (tmp_path / "a_train.txt").write_text("a dog")
+    longest = "a" * 251 + ".txt"  # with _paraphrased it would be too long
+    (tmp_path / longest).write_text("a cat")
+    assert set(load_prompt_files(tmp_path / "a_train.txt", tmp_path / longest)) == {"train", "eval"}
     for prompts, evaluation, said in (
         ("", "", "--prompts is empty"),
         (".", "", "is a folder"),
         (tmp_path / "none.txt", "", "none.txt does not exist"),
+        (tmp_path / "a_train.txt", "a" * 5000 + ".txt", "File name too long"),
     ):
         with pytest.raises(BadInput, match=said):
             load_prompt_files(prompts, evaluation)

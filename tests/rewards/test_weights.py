@@ -461,7 +461,7 @@ def test_a_full_disk_is_named():
 
 
 @pytest.mark.parametrize(
-    "name", ["./none", "/none/at/all", "none", "none/", "a/b/c", "..", "tiny/sd4", "a\\b"]
+    "name", ["./none", "/none/at/all", "none", "none/", "a/b/c", "..", "tiny/sd4", "a\\b", "a" * 5000]
 )
 def test_a_path_is_not_taken_for_a_hub_id(name, offline, monkeypatch, tmp_path):
     (tmp_path / "tiny").mkdir()

@@ -109,7 +109,7 @@ def test_a_run_on_quoted_text_uses_the_engine(tmp_path):
 
 
 WORKER = f"""
-import os, signal, sys, time
+import os, signal, subprocess, sys, time
 sys.path.insert(0, {str(ROOT / "rewards/ocr")!r})
 import engine
 
@@ -117,26 +117,29 @@ def read(pixels):
     value = int(pixels[-1, -1, -1])
     print("other output")
     os.write(1, b"of any kind")
+    if value == 250:
+        note(subprocess.Popen(["sleep", "600"]).pid)
+        time.sleep(600)
     if value == 251:
         raise MemoryError("no room")
     if value == 252:
         os._exit(1)
     if value == 253:
-        note()
+        note(os.getpid())
         time.sleep(600)
     if value == 254:
-        note()
+        note(os.getpid())
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(0.05 * (value % 3))
     return str(value)
 
-def note():
-    "Says in the worker's folder that it has come this far."
-    open(os.path.join(os.path.dirname(__file__), "stuck-" + str(os.getpid())), "w").close()
+def note(pid):
+    "Says in the worker's folder that a process has come this far."
+    open(os.path.join(os.path.dirname(__file__), "stuck-" + str(pid)), "w").close()
 
 if "starting" in sys.argv:
     engine.end_with_parent()
-    note()
+    note(os.getpid())
     time.sleep(600)
 engine.serve(read)
 """
@@ -243,18 +246,13 @@ def test_an_engine_that_hangs_while_it_starts_is_an_error():
 
 
 def test_what_a_worker_started_ends_with_it(tmp_path):
-    """As the interpreter behind a shell: a kill of the shell alone would leave it."""
+    """A kill of the worker alone would leave its own processes, which may hold its pipes open."""
     (tmp_path / "worker.py").write_text(WORKER)
-    command = ["sh", "-c", f"{sys.executable} -P {tmp_path / 'worker.py'}; true"]
-    reader = engine.Reader(1, command, image_seconds=1)
-    assert reader(greys(1)) == ["1"]
-    worker = reader.idle.get()
-    reader.idle.put(worker)
-    children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
-    with pytest.warns(UserWarning, match="was replaced"):
-        assert reader(greys(253)) == [None]
-    assert children
-    wait_for_the_end_of(map(int, children), seconds=5)
+    reader = engine.Reader(1, [sys.executable, "-P", str(tmp_path / "worker.py")], image_seconds=1)
+    with pytest.warns(UserWarning, match="it took over 1 s and was replaced"):
+        assert reader(greys(250)) == [None]
+    (note,) = tmp_path.glob("stuck-*")
+    wait_for_the_end_of([int(note.name.removeprefix("stuck-"))], seconds=5)
 
 
 def test_a_reader_that_is_thrown_away_stops_its_workers(reader):
