@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ALGORITHMS = ["flow_grpo", "superflow", "fdfo", "promptrl", "promptloop"]
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 FAULTS = ["metrics", "checkpoint", "exports", "pictures", "torn files", "leftovers", "processes", "failures"]
+COLUMNS = ["kills", "missed"] + FAULTS
 KILLS_PER_RUN = 2
 PATIENCE = 60  # seconds in which all processes of a killed run must end; torchrun gives its own 30
 
@@ -334,7 +335,9 @@ def describe(kill):
 def run_campaign(work, settings, num_kills):
     """Kills until there were enough. Returns {setting: {fault: count}}, with "kills" and "missed" in it."""
     wholes = {}
-    counts = {setting: dict.fromkeys(["kills", "missed", *FAULTS], 0) for setting in settings}
+    counts = {}
+    for setting in settings:
+        counts[setting] = dict.fromkeys(COLUMNS, 0)
     index = 0
     run_number = 0
     while sum(count["kills"] for count in counts.values()) < num_kills:
@@ -351,13 +354,8 @@ def run_campaign(work, settings, num_kills):
             hit, faults = strike(work, folder, setting, kill)
             count["kills" if hit else "missed"] += 1
             found.append(faults)
-            print(
-                setting.algorithm,
-                setting.processes,
-                setting.flags,
-                describe(kill),
-                "hit" if hit else "missed",
-            )
+            outcome = "hit" if hit else "missed"
+            print(f"{setting.algorithm} {setting.flags}, {setting.processes}: {describe(kill)}, {outcome}")
         found.append(finish(work, folder, setting, wholes[setting]))
         for faults in found:
             for kind, text in faults.items():
@@ -371,11 +369,17 @@ def run_campaign(work, settings, num_kills):
 
 def print_table(counts):
     """The table of kills and faults."""
-    columns = ["kills", "missed", *FAULTS]
-    print(f"\n{'algorithm':42s} processes " + " ".join(f"{name:>10s}" for name in columns))
+    print()
+    print(f"{'algorithm':52s} processes", end="")
+    for column in COLUMNS:
+        print(f"  {column}", end="")
+    print()
     for setting, count in counts.items():
         name = f"{setting.algorithm} {setting.flags}"
-        print(f"{name:42s} {setting.processes:9d} " + " ".join(f"{count[column]:10d}" for column in columns))
+        print(f"{name:52s} {setting.processes:9d}", end="")
+        for column in COLUMNS:
+            print(f"  {count[column]:{len(column)}d}", end="")
+        print()
 
 
 if __name__ == "__main__":
@@ -401,6 +405,9 @@ if __name__ == "__main__":
                 settings.append(Setting(algorithm, flags, processes))
     counts = run_campaign(work, settings, args.kills)
     print_table(counts)
-    faults = sum(count[kind] for count in counts.values() for kind in FAULTS)
-    print(f"\n{sum(count['kills'] for count in counts.values())} kills, {faults} faults, runs in {work}")
+    kills = sum(count["kills"] for count in counts.values())
+    faults = 0
+    for kind in FAULTS:
+        faults += sum(count[kind] for count in counts.values())
+    print(f"\n{kills} kills, {faults} faults, runs in {work}")
     sys.exit(1 if faults else 0)

@@ -55,7 +55,10 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["args.json", "metrics.jsonl", "checkpoint/state.pt"])
-def test_a_damaged_file_is_refused(finished_run, is_refused, name, damage):
+def test_a_damaged_file_is_refused_before_a_model_is_loaded(
+    finished_run, is_refused, monkeypatch, name, damage
+):
+    monkeypatch.setattr(miniature, "make_model", lambda args: pytest.fail("loaded"))
     DAMAGES[damage](finished_run / name)
     is_refused("")
 
