@@ -87,7 +87,11 @@ class Log:
 
     def evaluated_rows(self):
         """The rows of iterations with an evaluation."""
-        return [row for row in self.rows if any(name.startswith("eval/") for name in row)]
+        evaluated = []
+        for row in self.rows:
+            if any(name.startswith("eval/") for name in row):
+                evaluated.append(row)
+        return evaluated
 
     def draw_overview(self):
         """Draws reward.png and before_after.png: the samples of the base model above the latest ones."""

@@ -36,8 +36,9 @@ def wrap(text, width=28, lines_per_paragraph=None):
     """The text as lines that can be drawn, of which each paragraph gets at most that many."""
     lines = []
     for paragraph in text.split("\n"):
-        lines += textwrap.wrap(paragraph, width)[:lines_per_paragraph]
-    return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
+        printable = "".join(letter if letter.isprintable() else "?" for letter in paragraph.expandtabs())
+        lines += textwrap.wrap(printable, width)[:lines_per_paragraph]
+    return lines
 
 
 def format_score(score):

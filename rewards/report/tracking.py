@@ -14,7 +14,7 @@ def check_tracking():
     try:
         logged_in = wandb.login(prompt=False)
     except wandb.Error as error:
-        raise BadInput(f"--track: {error}. {ADVICE}") from None
+        raise BadInput(f"--track: {str(error).rstrip('.')}. {ADVICE}") from None
     if not logged_in:
         raise BadInput(f"--track: not logged in to Weights & Biases. {ADVICE}")
 
@@ -34,7 +34,7 @@ def start_tracking(run_dir, args):
             config=vars(args),
         )
     except wandb.Error as error:
-        raise BadInput(f"--track: {error}. {ADVICE}") from None
+        raise BadInput(f"--track: {str(error).rstrip('.')}. {ADVICE}") from None
 
 
 def track(run, metrics, sheets):

@@ -1,7 +1,9 @@
 """The log: rows that are valid JSON, pictures at every evaluation, and lines on the terminal."""
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import miniature
@@ -247,6 +249,20 @@ def test_a_full_disk_is_told_by_every_library():
     safetensors = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
     assert files.find_disk_error(safetensors).errno == 28
     assert files.find_disk_error(ValueError("a mistake in drawing")) is None
+
+
+@pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOENT", "EIO"])
+def test_what_cannot_be_written_is_one_line(tmp_path, number):
+    error = OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+    (tmp_path / "x").write_bytes(bytes(2_000_000))
+    with pytest.raises(files.CannotWrite) as failure, files.write_aside(tmp_path / "x") as temporary:
+        temporary.write_bytes(bytes(3_000_000))
+        raise error
+    line = str(failure.value)
+    assert line.startswith(f"cannot write {tmp_path / 'x'}: {error.strerror}")
+    assert ("it needs at least 3.0 MB, and " in line) == (number in ("ENOSPC", "EDQUOT"))
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").stat().st_size == 2_000_000
 
 
 def test_a_mistake_in_drawing_is_no_full_disk(tmp_path):

@@ -55,7 +55,10 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["args.json", "metrics.jsonl", "checkpoint/state.pt"])
-def test_a_damaged_file_is_refused(finished_run, is_refused, name, damage):
+def test_a_damaged_file_is_refused_before_a_model_is_loaded(
+    finished_run, is_refused, monkeypatch, name, damage
+):
+    monkeypatch.setattr(miniature, "make_model", lambda args: pytest.fail("loaded"))
     DAMAGES[damage](finished_run / name)
     is_refused("")
 
@@ -231,6 +234,7 @@ STATES = {
     "a state empty": lambda s: state_of(s, 1).clear(),
     "a state is a number": lambda s: s["optimizer"]["state"].update({1: 0}),
     "a moment missing": lambda s: state_of(s, 1).pop("exp_avg_sq"),
+    "a moment too many": lambda s: state_of(s, 1).update(max_exp_avg_sq=torch.zeros(2)),
     "a moment of another shape": lambda s: state_of(s, 1).update(exp_avg=torch.zeros(1)),
     "a moment of another type": lambda s: state_of(s, 1).update(exp_avg=torch.zeros(2).half()),
     "a step that is no tensor": lambda s: state_of(s, 1).update(step=2),
