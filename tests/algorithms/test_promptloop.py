@@ -1150,6 +1150,24 @@ def test_every_mode_trains_the_policy_and_nothing_else(small, simple, monkeypatc
         assert all(torch.equal(p.float(), after[name]) for name, p in base.items() if "visual" in name)
 
 
+@pytest.mark.parametrize(
+    "changes, kept",
+    [({}, True), (dict(lm_kl="old"), False), (dict(lm_kl_coef=0.0), False), (dict(lm_lora_rank=2), False)],
+    ids=str,
+)
+def test_no_copy_is_kept_that_nothing_is_compared_with(small, spy, simple, no_evaluation, changes, kept):
+    loads, losses = spy("load_lm"), spy("token_losses")
+    run_dir = train(Args(**small(**changes)))
+    ((_, (_, _, reference)),) = loads
+    assert (reference is not None) == kept
+    asked = [has_kl for (*_, has_kl), _ in losses]
+    assert asked and set(asked) == {kept or "lm_lora_rank" in changes}
+    loads.clear()
+    train(Args(**small(evaluate=str(run_dir), output_dir=small()["output_dir"] + "a")))
+    ((_, (_, _, reference)),) = loads
+    assert reference is None
+
+
 def test_the_saved_policy_is_a_policy_to_start_from(policy, tmp_path):
     loaded, _ = policy()
     moved(loaded.lm)
