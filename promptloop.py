@@ -289,6 +289,10 @@ def open_device(device_name, dtype_name):
     use_cuda = torch.cuda.is_available() if device_name == "auto" else device_name == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise BadInput("--device cuda: there is no CUDA device here, use --device cpu")
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
+    num_gpus = torch.cuda.device_count()
+    if use_cuda and num_processes > num_gpus:
+        raise BadInput(f"{num_processes} processes on a machine with {num_gpus} GPUs: start one per GPU")
     device = torch.device("cpu")
     if use_cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -881,19 +885,19 @@ class Refiner:
         return films
 
 
-def sample_plain(model, args, prompts, rows):
+def sample_plain(model, args, prompts, metadata, numbers):
     """Samples of some rows of a file, by the image model alone. Their noise is the same in every run."""
-    noise = draw_noise(rows, 1, model.latent_shape, seed=0, iteration=0)[:, 0]
-    schedules = [set()] * len(rows)
+    noise = draw_noise(numbers, 1, model.latent_shape, seed=0, iteration=0)[:, 0]
+    schedules = [set()] * len(numbers)
     images = sample(model, prompts, noise, schedules, None, args.eval_num_inference_steps)
     return report.Samples(images, captions=prompts)
 
 
-def sample_refined(model, policy, args, feedback, prompts, rows):
+def sample_refined(model, policy, args, feedback, prompts, metadata, numbers):
     """Samples of some rows of a file, their prompts refined greedily. Noise as in `sample_plain`."""
     num_steps = args.eval_num_inference_steps
-    noise = draw_noise(rows, 1, model.latent_shape, seed=0, iteration=0)[:, 0]
-    schedules = [even_schedule(args.num_refinements, num_steps)] * len(rows)
+    noise = draw_noise(numbers, 1, model.latent_shape, seed=0, iteration=0)[:, 0]
+    schedules = [even_schedule(args.num_refinements, num_steps)] * len(numbers)
     refiner = Refiner(policy, args, prompts, num_steps, feedback)
     images = sample(model, prompts, noise, schedules, refiner, num_steps)
     return report.Samples(images, captions=prompts, films=refiner.films())
@@ -991,10 +995,18 @@ def gather_numbers(values):
 
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes of the run."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+    """Replaces each tensor by its sum over all processes of the run.
+
+    64 tensors share a collective call: one call for each of a LoRA's many small gradients would take longer.
+    """
+    if not dist.is_initialized():
+        return
+    for start in range(0, len(tensors), 64):
+        bucket = tensors[start : start + 64]
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat)
+        for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
+            tensor.copy_(total.view_as(tensor))
 
 
 # === checkpoint ===

@@ -28,7 +28,6 @@ from diffusers import (
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_runs import Brightness, metrics, saved
 from transformers import (
     AutoTokenizer,
     CLIPTextModel,
@@ -69,7 +68,8 @@ from promptloop import (
     train,
 )
 from rewards import BadInput, report
-from tiny import pretrain, vlm_world
+from small_runs import Brightness, metrics, saved
+from tiny import image_model, language_model, vlm_world
 
 CPU = torch.device("cpu")
 WORDS = "red green circle square top left".split()
@@ -93,8 +93,8 @@ def policy(lm_folder):
 def families(tmp_path_factory):
     """{family: flags} of the three kinds of pipeline."""
     torch.manual_seed(0)
-    tokenizer = pretrain.build_tokenizer()
-    clip = [pretrain.build_text_encoder(tokenizer) for _ in range(2)]
+    tokenizer = image_model.build_tokenizer()
+    clip = [image_model.build_text_encoder(tokenizer) for _ in range(2)]
     size = dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
     kinds = dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
     vaes = [
@@ -643,7 +643,7 @@ def test_the_question_is_the_one_that_pretraining_makes(policy, seen):
     found = ask_about(loaded, questions, previews)
     images = list(previews.numpy()) if seen else [None] * 3
     examples = list(zip(images, questions, [""] * 3))
-    expected = pretrain.chat_inputs(loaded.tokenizer, loaded.processor, examples, "left")
+    expected = language_model.chat_inputs(loaded.tokenizer, loaded.processor, examples, "left")
     expected.pop("labels")
     assert found.keys() == expected.keys() and ("pixel_values" in found) == seen
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -933,7 +933,7 @@ def test_with_its_preview_the_policy_learns_a_hidden_bit_and_without_it_cannot(p
             answers = [f"<answer>{rng.choice(words)}</answer>" for _ in range(8)]
             images = [image if image is None else image.numpy() for image in images]
             examples = [(image, f"{start} a, a", answer) for image, answer in zip(images, answers)]
-            loss = loss + lm(**pretrain.chat_inputs(tokenizer, processor, examples, "right")).loss
+            loss = loss + lm(**language_model.chat_inputs(tokenizer, processor, examples, "right")).loss
         step(optimizer, loss)
     taught = {name: p.detach().clone() for name, p in lm.state_dict().items()}
 

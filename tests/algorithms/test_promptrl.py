@@ -17,7 +17,6 @@ import torch
 import tyro
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import PeftModel
-from small_runs import Brightness, metrics, saved
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import promptrl
@@ -49,6 +48,7 @@ from promptrl import (
     train,
 )
 from rewards import BadInput, report
+from small_runs import Brightness, metrics, saved
 from tiny import vlm_world
 
 WORDS = "red green circle square top left".split()
