@@ -264,15 +264,13 @@ def check_lm(args):
     """Raises BadInput where the language model's configuration does not fit the flags. Loads no weights."""
     config = read_config(args.lm, "config.json")
     if config["model_type"] != "qwen2_5_vl":
-        raise BadInput(
-            f"--lm {args.lm} is a {config['model_type']}, and no Qwen2.5-VL: no other is supported"
-        )
+        raise BadInput(f"--lm {args.lm} is a {config['model_type']}; supported: qwen2_5_vl, a Qwen2.5-VL")
     text_config = config.get("text_config", config)  # older files have its entries at the top
     try:
         width = int(text_config["hidden_size"])
         positions = int(text_config["max_position_embeddings"])
     except (KeyError, TypeError, ValueError):
-        raise BadInput(f"--lm {args.lm}: its config.json is damaged, it lacks sizes") from None
+        raise BadInput(f"--lm {args.lm}: its config.json lacks the model's sizes") from None
     if args.lm_lora_rank > width:
         raise BadInput(f"--lm-lora-rank {args.lm_lora_rank} must be at most {width}, the width of {args.lm}")
     if args.max_new_tokens >= positions:

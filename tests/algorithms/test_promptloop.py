@@ -1405,7 +1405,7 @@ def test_the_switches_on_the_command_line():
         (dict(guidance_scale=-1.0), "--guidance-scale"),
         (dict(evaluate="tiny/prompts"), "cannot evaluate tiny/prompts, it is no run of promptloop.py"),
         (dict(evaluate="tiny/nowhere"), "cannot evaluate tiny/nowhere, it is no run of promptloop.py"),
-        (dict(lm="tiny/sd3/text_encoder"), "no Qwen2.5-VL"),
+        (dict(lm="tiny/sd3/text_encoder"), "is a clip_text_model; supported: qwen2_5_vl"),
         (dict(lm="tiny/prompts"), "cannot load tiny/prompts: it has no config.json"),
     ],
     ids=str,

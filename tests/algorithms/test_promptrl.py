@@ -813,7 +813,7 @@ def test_the_switches_on_the_command_line():
         (dict(lm="tiny/nowhere"), "tiny/nowhere"),
         (dict(lm=""), "give a folder or a hub id"),
         (dict(lm="nobody/has-this-model"), "nobody/has-this-model"),
-        (dict(lm="tiny/sd3/text_encoder"), "no Qwen2.5-VL"),
+        (dict(lm="tiny/sd3/text_encoder"), "is a clip_text_model; supported: qwen2_5_vl"),
     ],
     ids=str,
 )
