@@ -70,14 +70,14 @@ from diffusers import DiffusionPipeline
 from einops import rearrange
 from peft import LoraConfig
 from tqdm import tqdm
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import rewards
 from rewards import BadInput, command_line, report
 from rewards.command_line import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed
 from rewards.prompts import join_prompt_files, load_prompt_files
-from rewards.weights import from_hub, read_pipeline_configs
+from rewards.weights import from_hub, read_config, read_pipeline_configs
 
 
 @dataclasses.dataclass
@@ -194,11 +194,13 @@ def check_args(args):
         most_refinements = min(most_refinements, args.num_inference_steps)
     if args.num_refinements > most_refinements:
         raise BadInput(
-            f"--num-refinements {args.num_refinements} must be at most {most_refinements}: "
-            "there is one before a denoising step, at most"
+            f"--num-refinements {args.num_refinements} must be at most {most_refinements}, "
+            "one per denoising step"
         )
     if "{prompt}" not in args.ask and "{current}" not in args.ask:
-        raise BadInput("--ask must have {current} in it, where the prompt in use goes, or {prompt}")
+        raise BadInput(
+            "--ask must have {current} in it, for the prompt in use, or {prompt}, for the original"
+        )
     if args.preview_size % 28:
         raise BadInput(
             f"--preview-size {args.preview_size} must be 0 or a multiple of 28: Qwen2.5-VL reads an image in "
@@ -259,21 +261,15 @@ def check_pipeline(args):
 
 def check_lm(args):
     """Raises BadInput where the language model's configuration does not fit the flags. Loads no weights."""
-    if args.lm == "":
-        raise BadInput("--lm is empty: give a folder or a hub id")
-    try:
-        config, _ = from_hub(PreTrainedConfig.get_config_dict, args.lm)
-        model_type = config["model_type"]
-    except (KeyError, TypeError):
-        raise BadInput(f"--lm {args.lm} is no language model: it has no config.json with a type") from None
-    if model_type != "qwen2_5_vl":
-        raise BadInput(f"--lm {args.lm} is no Qwen2.5-VL, the only supported family, but {model_type}")
+    config = read_config(args.lm, "config.json")
+    if config["model_type"] != "qwen2_5_vl":
+        raise BadInput(f"--lm {args.lm} is a {config['model_type']}; supported: qwen2_5_vl, a Qwen2.5-VL")
     text_config = config.get("text_config", config)  # older files have its entries at the top
     try:
         width = int(text_config["hidden_size"])
         positions = int(text_config["max_position_embeddings"])
     except (KeyError, TypeError, ValueError):
-        raise BadInput(f"--lm {args.lm}: its config.json is damaged, it lacks sizes") from None
+        raise BadInput(f"--lm {args.lm}: its config.json lacks the model's sizes") from None
     if args.lm_lora_rank > width:
         raise BadInput(f"--lm-lora-rank {args.lm_lora_rank} must be at most {width}, the width of {args.lm}")
     if args.max_new_tokens >= positions:
@@ -318,11 +314,11 @@ class ImageModel(NamedTuple):
 
 def load_pipeline(args, device, dtype):
     """The ImageModel, frozen; its VAE is float32. Raises BadInput if --flow-lora does not fit."""
-    options = {}
-    family = from_hub(DiffusionPipeline.load_config, args.model)["_class_name"]
+    left_out = {}
+    family = read_pipeline_configs(args.model)["family"]
     if family == "StableDiffusion3Pipeline" and args.max_sequence_length == 0:
-        options = {"text_encoder_3": None, "tokenizer_3": None}  # T5
-    pipe = from_hub(DiffusionPipeline.from_pretrained, args.model, dtype=dtype, **options).to(device)
+        left_out = {"text_encoder_3": None, "tokenizer_3": None}  # the T5 of SD3
+    pipe = from_hub(DiffusionPipeline.from_pretrained, args.model, dtype=dtype, **left_out).to(device)
     if args.flow_lora:
         load_flow_lora(pipe, args.flow_lora)
     for component in pipe.components.values():
@@ -349,20 +345,16 @@ def load_flow_lora(pipe, name):
     diffusers leaves out what it does not recognise, such as the whole of a LoRA in peft's own format, and
     goes on with the base model.
     """
-    try:
-        tensors = pipe.lora_state_dict(name, return_lora_metadata=True)[0]
-        pipe.load_lora_weights(name)
-    except Exception as error:  # a damaged or foreign file raises anything
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"--flow-lora {name} cannot be loaded: {reason}") from None
+    tensors, *_ = from_hub(pipe.lora_state_dict, name, return_lora_metadata=True)
+    from_hub(pipe.load_lora_weights, name)
     loaded = []
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             loaded += [key for key, _ in component.named_parameters() if "lora_" in key]
     if not tensors or len(loaded) != len(tensors):
         raise BadInput(
-            f"--flow-lora {name}: {len(loaded)} of its {len(tensors)} tensors fit the image model. It is "
-            "another model's, or it is not in diffusers' format"
+            f"--flow-lora {name} has {len(tensors)} tensors, for which the image model has {len(loaded)} "
+            "places: it is another model's, incomplete, or not in diffusers' format"
         )
 
 
@@ -425,7 +417,7 @@ def base_weights(model, reference):
 @torch.no_grad()
 def embed(pipe, prompts, max_sequence_length, cache):
     """{name in the pipeline's call: (B, ...)}. A distinct prompt is encoded once, by itself, then cached."""
-    if len(cache) > 4096:  # bounds the CPU memory
+    if len(cache) > 1024:  # bounds the CPU memory: a prompt takes 4.2 MB for FLUX.1
         cache.clear()
     for prompt in prompts:
         if prompt in cache:

@@ -74,14 +74,14 @@ from diffusers import DiffusionPipeline
 from einops import rearrange
 from peft import LoraConfig, get_peft_model_state_dict
 from tqdm import tqdm
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 import rewards
 from rewards import BadInput, command_line, report
 from rewards.command_line import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed
 from rewards.prompts import join_prompt_files, load_prompt_files
 from rewards.sources import load_source
-from rewards.weights import from_hub, read_pipeline_configs
+from rewards.weights import from_hub, read_config, read_pipeline_configs
 
 
 @dataclasses.dataclass
@@ -262,21 +262,15 @@ def check_model(args, every_prompt):
 
 def check_lm(args):
     """Raises BadInput where the language model's configuration does not fit the flags. Loads no weights."""
-    if args.lm == "":
-        raise BadInput("--lm is empty: give a folder or a hub id")
-    try:
-        config, _ = from_hub(PreTrainedConfig.get_config_dict, args.lm)
-        model_type = config["model_type"]
-    except (KeyError, TypeError):
-        raise BadInput(f"--lm {args.lm} is no language model: it has no config.json with a type") from None
-    if model_type != "qwen2_5_vl":
-        raise BadInput(f"--lm {args.lm} is no Qwen2.5-VL, the only supported family, but {model_type}")
+    config = read_config(args.lm, "config.json")
+    if config["model_type"] != "qwen2_5_vl":
+        raise BadInput(f"--lm {args.lm} is a {config['model_type']}; supported: qwen2_5_vl, a Qwen2.5-VL")
     text_config = config.get("text_config", config)  # older files have its entries at the top
     try:
         width = int(text_config["hidden_size"])
         positions = int(text_config["max_position_embeddings"])
     except (KeyError, TypeError, ValueError):
-        raise BadInput(f"--lm {args.lm}: its config.json is damaged, it lacks sizes") from None
+        raise BadInput(f"--lm {args.lm}: its config.json lacks the model's sizes") from None
     if args.lm_lora_rank > width:
         raise BadInput(f"--lm-lora-rank {args.lm_lora_rank} must be at most {width}, the width of {args.lm}")
     if args.max_new_tokens >= positions:

@@ -684,6 +684,35 @@ def test_no_token_is_drawn_from_the_noise_of_an_image(small, spy, monkeypatch):
     assert len(beginnings.unique(dim=0)) == 8 + 12
 
 
+@pytest.mark.parametrize(
+    "changes, window",
+    [
+        (dict(sde_window=2), range(2)),
+        (dict(sde_window=0), range(3)),
+        (dict(trained="lm"), range(0)),
+        (dict(num_original_prompts=4), range(2)),
+    ],
+    ids=str,
+)
+def test_the_first_steps_are_stochastic_and_trained(small, spy, monkeypatch, changes, window):
+    monkeypatch.setattr(report, "evaluate", no_evaluation)
+    rollouts = spy(promptrl, "rollout")
+    train(Args(**small(**changes)))
+    assert len(rollouts) == 1
+    for (_, noise, sigmas, found, *_), (_, trained_steps) in rollouts:
+        assert found == window and [step.index for step in trained_steps] == list(window)
+        assert noise.shape[:2] == (8, 1 + len(window)) and len(sigmas) == 5
+
+
+def test_a_rewrite_is_compared_with_those_of_its_group_alone(small, monkeypatch):
+    monkeypatch.setattr(report, "evaluate", no_evaluation)
+    for texts, distinct in ((["same"], 2 / 12), (["a", "b", "c"], 6 / 12)):
+        answers = itertools.cycle(texts)
+        monkeypatch.setattr(promptrl, "parse_answer", lambda _, answers=answers: (next(answers), True))
+        flags = small(num_images_per_prompt=8) | {"output_dir": small()["output_dir"] + texts[0]}
+        assert metrics(train(Args(**flags)))[1]["charts/distinct_fraction"] == pytest.approx(distinct)
+
+
 def test_every_turn_of_every_image_has_its_own_noise():
     num_images, length = 6, 5
     drawn = [draw_noise(range(num_images), 1, (length,), 1, 2)[:, 0]]
@@ -780,11 +809,11 @@ def test_the_switches_on_the_command_line():
         (dict(lm_learning_rate=math.inf), "--lm-learning-rate"),
         (dict(lm_kl_coef=-0.1), "--lm-kl-coef"),
         (dict(sde_window=4), "--sde-window 4 must be below"),
-        (dict(lm="tiny/prompts"), "tiny/prompts is no language model"),
+        (dict(lm="tiny/prompts"), "cannot load tiny/prompts: it has no config.json"),
         (dict(lm="tiny/nowhere"), "tiny/nowhere"),
-        (dict(lm=""), "--lm"),
+        (dict(lm=""), "give a folder or a hub id"),
         (dict(lm="nobody/has-this-model"), "nobody/has-this-model"),
-        (dict(lm="tiny/sd3/text_encoder"), "no Qwen2.5-VL"),
+        (dict(lm="tiny/sd3/text_encoder"), "is a clip_text_model; supported: qwen2_5_vl"),
     ],
     ids=str,
 )
