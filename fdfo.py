@@ -821,7 +821,7 @@ def train(args):
         return velocity_at
 
     def sample_for_evaluation(prompts, metadata, numbers):
-        """Samples without churn, for rows with these numbers. The initial noise of a row is always the same."""
+        """Samples without churn, for rows with these numbers. A row always has the same initial noise."""
         noise = draw_noise(numbers, 1, latent_shape, seed=0, iteration=0).to(device)
         noise = noise.expand(-1, len(eval_sigmas), -1, -1, -1)  # only draw 0 matters
         churn = torch.zeros(len(numbers), len(eval_sigmas), device=device)
