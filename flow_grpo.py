@@ -30,8 +30,8 @@ Run (time and memory: docs/flow_grpo.md; the commands for real models were not r
       --num-inference-steps 10 --sde-window 0 --eval-num-inference-steps 40 --num-iterations 1000 \\
       --num-prompts-per-iteration 8 --num-images-per-prompt 8 --micro-batch-size 8 --gradient-checkpointing
   torchrun --nproc_per_node=8 flow_grpo.py ... --num-prompts-per-iteration 48 --num-images-per-prompt 24
-This KL coefficient is the official 0.04 times dt, about 0.1 (difference 1). Commands for FLUX.1 and Kontext are
-in docs/your_model.md.
+This KL coefficient is the official 0.04 times dt, about 0.1 (difference 1). docs/your_model.md has commands
+for FLUX.1 and Kontext.
 
 Conventions, the same in all five files:
   Time t runs from 1 (noise) to 0 (image), and x_t = (1 - t) x_0 + t noise.

@@ -72,8 +72,9 @@ FLOW_GRPO = {
     "num_iterations": Between(500, 3000),
     "max_grad_norm": one_of(1.0),
 }
-# Flow-GRPO's official configurations for FLUX.1-dev with PickScore and for Kontext: no KL, more noise, six
-# steps in training. The LoRA and the batch are smaller here, for one GPU; a window of steps is its fast variant.
+# Flow-GRPO's official configurations for FLUX.1-dev with PickScore, and for Kontext: no KL, more noise, six
+# steps in training. The LoRA and the batch are smaller here, for one GPU. A window of steps is its fast
+# variant.
 FLOW_GRPO_FLUX = FLOW_GRPO | {
     "max_sequence_length": one_of(512),
     "kl_coef": one_of(0),
