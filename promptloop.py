@@ -690,7 +690,8 @@ def ask_about(policy, questions, previews):
 def draw_token_noise(image_numbers, turn, num_images, max_new_tokens, seed, iteration):
     """Standard normal noise (B, N) that picks the tokens of an image's prompt, at its turn 0, 1, ...
 
-    Numbers of draw_noise below num_images = P K belong to the images themselves; each turn has the next P K.
+    For draw_noise the images have the numbers 0 to P K - 1, and num_images is P K. Each turn takes the next
+    P K numbers, so that no token is drawn from the noise of an image.
     """
     numbers = [(1 + turn) * num_images + number for number in image_numbers]
     return draw_noise(numbers, 1, (max_new_tokens,), seed, iteration)[:, 0]
@@ -786,10 +787,10 @@ def converse(policy, questions, inputs, max_new_tokens, noise):
 
 
 def refine(policy, template, originals, current, done, previews, max_new_tokens, noise=None):
-    """Rewrites of B prompts in use, when a share `done` of the steps is done, sampled by noise or greedy.
+    """Rewrites of B prompts in use, after a share `done` of the steps. Without an answer a prompt stays.
 
-    template, previews, noise: as --ask, for `ask_about`, and (B, N). A prompt stays as it is where the reply
-    has no answer.
+    template: what is asked, as in --ask. previews: as for `ask_about`. noise: (B, N), by which the replies
+    are sampled; without it they are greedy.
     """
     start = "No preview yet." if previews is None else f"Preview at {round(10 * done) * 10}%."
     questions = []

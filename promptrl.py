@@ -770,7 +770,8 @@ def ask(policy, questions):
 def draw_token_noise(image_numbers, turn, num_images, max_new_tokens, seed, iteration):
     """Standard normal noise (B, N) that picks the tokens of an image's prompt, at its turn 0, 1, ...
 
-    Numbers of draw_noise below num_images = P K belong to the images themselves; each turn has the next P K.
+    For draw_noise the images have the numbers 0 to P K - 1, and num_images is P K. Each turn takes the next
+    P K numbers, so that no token is drawn from the noise of an image.
     """
     numbers = [(1 + turn) * num_images + number for number in image_numbers]
     return draw_noise(numbers, 1, (max_new_tokens,), seed, iteration)[:, 0]
