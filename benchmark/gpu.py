@@ -2,12 +2,14 @@
 
     python -m benchmark.gpu run flow_grpo.py --size sd3.5-medium -- --lora-rank 32 --micro-batch-size 8
     python -m benchmark.gpu parts --size sd3.5-medium --micro-batch-sizes 4 8 16 32
+    python -m benchmark.gpu table      # writes the tables of docs/gpu.md from benchmark/results/gpu/
 
 Both make a pipeline of the real size with random weights, so nothing is downloaded; random weights cost the
 same time and memory as trained ones. `run` trains with the file as it is, in a process of its own, and reads
 its metrics.jsonl: images per second, the share of the GPU's peak that is used (MFU) while sampling and while
 training, and peak memory. `parts` times a forward pass, and a forward and backward pass, of the transformer
-alone: plain, with gradient checkpointing, and with its blocks compiled. On a CPU, use `--size tiny`.
+alone: plain, with gradient checkpointing, and with its blocks compiled. On a CPU, use `--size tiny`. With
+`--output`, both append their records to a .jsonl.
 """
 
 import argparse
@@ -39,7 +41,10 @@ from transformers import (
     T5EncoderModel,
 )
 
+from benchmark.markdown import table
+
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmark" / "results" / "gpu"
 LORA_LAYERS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 
 # The configurations of the published models: those of their config.json files.
@@ -355,11 +360,94 @@ def time_passes(transformer, inputs, device):
     return record
 
 
+# --- table: docs/gpu.md ---
+
+
+def read_results(name):
+    """The records of a .jsonl in benchmark/results/gpu/."""
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
+def number(record, name, form):
+    """A number of a record as a cell of a table."""
+    return format(record[name], form) if name in record else "-"
+
+
+def table_of_files():
+    """A row for each run of an algorithm file."""
+    head = [
+        "file",
+        "model",
+        "flags",
+        "images/s",
+        "MFU sampling",
+        "MFU training",
+        "peak GB",
+        "first ratio - 1",
+    ]
+    rows = []
+    for record in read_results("files.jsonl"):
+        ratios = [number(record, name, ".0e") for name in ("ratio_first", "lm_ratio_first") if name in record]
+        rows.append(
+            [
+                f"`{record['script']}`",
+                record["size"],
+                f"`{record['flags']}`" if record["flags"] else "",
+                number(record, "images_per_second", ".1f"),
+                number(record, "mfu_sample", ".0%"),
+                number(record, "mfu_train", ".0%"),
+                number(record, "peak_memory_gb", ".1f"),
+                ", ".join("0" if ratio == "0e+00" else ratio for ratio in ratios),
+            ]
+        )
+    return table(head, rows)
+
+
+def table_of_transformer():
+    """A row for each way to run the transformer, with its time relative to the first row's."""
+    records = read_results("transformer.jsonl")
+    first = records[0]
+    head = ["SD3.5-M, 512 x 512", "batch", "forward", "forward and backward", "MFU of both", "peak GB"]
+    rows = []
+    for record in records:
+        cells = [record["way"], str(record["micro_batch_size"])]
+        for name in ("forward_s", "forward_and_backward_s"):
+            cells.append(f"{1000 * record[name]:.0f} ms, {record[name] / first[name]:.2f}")
+        cells += [number(record, "mfu_both", ".0%"), number(record, "peak_memory_gb", ".1f")]
+        rows.append(cells)
+    return table(head, rows)
+
+
+def machines():
+    """What the records were made on, in a line."""
+    found = []
+    for record in read_results("files.jsonl") + read_results("transformer.jsonl"):
+        line = f"{record['card']}, torch {record['torch']}, {record['date']}, commit {record['commit']}"
+        if line not in found:
+            found.append(line)
+    return "; ".join(found)
+
+
+def write_tables(page):
+    """The text of docs/gpu.md with its tables, between their markers, made anew."""
+    parts = {
+        "files": "\n".join(table_of_files()),
+        "transformer": "\n".join(table_of_transformer()),
+        "machines": machines(),
+    }
+    for name, text in parts.items():
+        begin, end = f"<!-- {name} -->", "<!-- end -->"
+        before, rest = page.split(begin)
+        _, after = rest.split(end, 1)
+        page = f"{before}{begin}\n{text}\n{end}{after}"
+    return page
+
+
 def parse_args(words):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["run", "parts"])
+    parser.add_argument("what", choices=["run", "parts", "table"])
     parser.add_argument("script", nargs="?", default="flow_grpo.py", help="algorithm file, for `run`")
     parser.add_argument(
         "--size", choices=list(TRANSFORMERS), default="sd3.5-medium", help="of the image model"
@@ -390,6 +478,10 @@ def main(words):
         flags = words[words.index("--") + 1 :]
         words = words[: words.index("--")]
     args = parse_args(words)
+    if args.what == "table":
+        page = ROOT / "docs" / "gpu.md"
+        page.write_text(write_tables(page.read_text()))
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
