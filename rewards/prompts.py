@@ -324,7 +324,8 @@ def load_prompt_files(prompts, eval_prompts=""):
 
     prompts: the training prompts' path. eval_prompts: the held-out ones', or empty for the same path with
     `train` in its name replaced by `eval`. Paraphrases are found by their name: the evaluation's with
-    `_paraphrased` at the end of its stem. Raises BadInput as `load_prompts` does.
+    `_paraphrased` at the end of its stem. The "source" of a row, an image to edit, becomes a path from here.
+    Raises BadInput as `load_prompts` does.
     """
     if not str(prompts):
         raise BadInput("--prompts is empty: name a prompt file")
@@ -336,10 +337,34 @@ def load_prompt_files(prompts, eval_prompts=""):
             f"--eval-prompts is needed: {path.name} has no `train` in its name to replace by `eval`"
         )
     files["eval"] = load_prompts(eval_path)
+    paths = {"train": path, "eval": eval_path}
     paraphrased = eval_path.with_stem(eval_path.stem + "_paraphrased")
     if os.path.isfile(paraphrased):
         files["eval_paraphrased"] = load_prompts(paraphrased)
-    return files
+        paths["eval_paraphrased"] = paraphrased
+    return {name: resolve_sources(paths[name], file) for name, file in files.items()}
+
+
+def resolve_sources(path, file):
+    """The PromptFile that was read from path, with each "source", an image to edit, as a path from here.
+
+    Raises BadInput, naming the row, for a source that is missing or not an image, and for a file in which
+    only some rows have one: the rows of a micro-batch are sampled together.
+    """
+    with_source = [row for row in file.metadata if "source" in row]
+    if not with_source:
+        return file
+    from rewards.sources import check_source  # here, not above: it needs torch
+
+    if len(with_source) < len(file.metadata):
+        raise BadInput(
+            f"{path}: {len(with_source)} of its {len(file.metadata)} rows have a source; all must, or none"
+        )
+    metadata = []
+    for row in file.metadata:
+        source = check_source(path, row)
+        metadata.append(Row(row | {"source": source}, row.place))
+    return PromptFile(file.prompts, metadata)
 
 
 def describe_row(row, prompt, metadata):

@@ -6,13 +6,13 @@ Every logged name is explained in docs/.
 
 from rewards.report.checkpoint import (
     read_checkpoint,
-    replace_folder,
     restore_optimizer,
     restore_parameters,
     write_checkpoint,
 )
 from rewards.report.evaluation import Evaluation, Samples, evaluate, gather, gather_scores
-from rewards.report.folder import open_run
+from rewards.report.files import replace_folder
+from rewards.report.folder import open_run, read_args
 from rewards.report.log import Log
 from rewards.report.metrics import Clock, check_finite, mean, reward_metrics, summarise
 
@@ -27,6 +27,7 @@ __all__ = [
     "gather_scores",
     "mean",
     "open_run",
+    "read_args",
     "read_checkpoint",
     "replace_folder",
     "restore_optimizer",

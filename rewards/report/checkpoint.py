@@ -1,57 +1,135 @@
-"""Checkpoints: written so that a kill at any moment leaves a good one, and checked as they are read."""
+"""Checkpoints: written so that a kill at any moment leaves a good one, and checked as they are read.
 
-import contextlib
-import os
-import shutil
+A checkpoint is one file: no part of it can be older than the rest. torch.save writes a ZIP archive with a
+checksum (CRC-32) of each of its parts, which torch.load does not look at: it is verified here.
+"""
+
+import zipfile
 
 import torch
 
 from rewards import BadInput
+from rewards.report.files import make_folder, write_aside
+
+ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of each parameter
+
+
+class State(dict):
+    """The contents of a checkpoint. A name that is not in it is bad input."""
+
+    def __missing__(self, name):
+        raise BadInput(f"cannot resume: the checkpoint has no {name!r}")
 
 
 def write_checkpoint(run_dir, state):
-    """Saves a dict of tensors, numbers and containers of them, in place of the last checkpoint."""
+    """Saves a dict of tensors, numbers and containers of them, in place of the last checkpoint.
+
+    state["progress"] is a dict whose "iteration" is the last one that has been trained.
+    """
     path = run_dir / "checkpoint" / "state.pt"
-    path.parent.mkdir(exist_ok=True)
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    make_folder(path.parent)
+    with write_aside(path) as temporary:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
 
 
 def read_checkpoint(run_dir):
-    """The state that `write_checkpoint` saved. Raises BadInput if it is missing or damaged."""
+    """The State that `write_checkpoint` saved. Raises BadInput if it is missing, damaged or not complete."""
     path = run_dir / "checkpoint" / "state.pt"
+    if run_dir.is_dir() and not path.exists():
+        raise BadInput(f"cannot resume: {run_dir} has no checkpoint, begin a new run")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not isinstance(state.get("progress"), dict):
+            raise ValueError("it does not say how far the run was")
+        iteration = state["progress"].get("iteration")
+        if type(iteration) is not int or iteration < 0:
+            raise ValueError("its iteration is not a whole number")
+        if iteration > 0:
+            check_optimizers_have_stepped(state)
     except Exception as error:  # a damaged file raises anything
-        raise BadInput(f"cannot resume: {path} is missing or damaged ({type(error).__name__})") from None
+        reason = str(error).strip() or type(error).__name__
+        raise BadInput(f"cannot resume: {path} is missing or damaged ({reason.splitlines()[0]})") from None
+    return State(state)
+
+
+def check_archive(path):
+    """Raises an error unless a file is what torch.save wrote, by its checksums."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        for part in archive.infolist():
+            if part.external_attr:  # torch.load reads nothing of a part that seems to be a folder
+                damaged = part.filename
+    if damaged:
+        raise ValueError(f"the checksum of {damaged} is wrong")
+
+
+def check_optimizers_have_stepped(state):
+    """Raises ValueError if an optimiser in a State is as new, although it has been used."""
+    for name, value in state.items():
+        if isinstance(value, dict) and "param_groups" in value and not value.get("state"):
+            raise ValueError(f"the {name} has no state")
 
 
 def restore_parameters(parameters, saved):
-    """Copies saved tensors into parameters, both {name: tensor}. Raises BadInput unless they fit exactly."""
-    expected = {name: parameter.shape for name, parameter in parameters.items()}
-    found = {name: tensor.shape for name, tensor in saved.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-        raise BadInput(f"cannot resume: the checkpoint does not fit the model, the first is {wrong[0]}")
+    """Copies saved tensors into parameters, both {name: tensor}.
+
+    Raises BadInput, and changes nothing, unless names, shapes and types are the same.
+    """
+    if not isinstance(saved, dict):
+        raise BadInput("cannot resume: the checkpoint's weights are not tensors with names")
+    for name in parameters | saved:
+        if describe(parameters.get(name)) != describe(saved.get(name)):
+            raise BadInput(
+                f"cannot resume: the checkpoint does not fit the model. {name} in the checkpoint: "
+                f"{describe(saved.get(name))}; in the model: {describe(parameters.get(name))}"
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
 
 
+def describe(tensor):
+    """What has to be the same of a saved tensor and its place in the model."""
+    if not isinstance(tensor, torch.Tensor):
+        return "missing"
+    return f"{tuple(tensor.shape)} {tensor.dtype} {tensor.layout}"
+
+
 def restore_optimizer(optimizer, saved):
-    """Restores an optimiser's state. Raises BadInput unless it fits the optimiser's parameters."""
+    """Restores an AdamW's state. Raises BadInput, and changes nothing, unless it fits the parameters."""
     try:
-        optimizer.load_state_dict(saved)
-    except (ValueError, KeyError, TypeError) as error:
+        check_optimizer(optimizer, saved)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"cannot resume: the optimiser's state does not fit ({error})") from None
+    optimizer.load_state_dict(saved)
 
 
-@contextlib.contextmanager
-def replace_folder(folder):
-    """A folder to write into, which takes the place of `folder` when the block ends."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+def check_optimizer(optimizer, saved):
+    """Raises an error unless saved is the state of such an optimiser, before its first step or after it."""
+    own_groups = optimizer.state_dict()["param_groups"]
+    if len(saved["param_groups"]) != len(own_groups):
+        raise ValueError(f"{len(saved['param_groups'])} groups of parameters instead of {len(own_groups)}")
+    for group, own in zip(saved["param_groups"], own_groups):
+        if group.keys() != own.keys() or group["params"] != own["params"]:
+            raise ValueError("a group has other parameters or settings")
+        for name, value in group.items():
+            if name != "lr" and type(value) is not type(own[name]):
+                raise ValueError(f"{name} is {value!r}")
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    if saved["state"] == {}:
+        return
+    if set(saved["state"]) != set(range(len(parameters))):
+        raise ValueError(f"{len(saved['state'])} states for {len(parameters)} parameters")
+    for number, parameter in enumerate(parameters):
+        state = saved["state"][number]
+        if state.keys() != ADAM_STATE:
+            raise ValueError(f"the state of parameter {number} has {', '.join(state)}")
+        if describe(state["step"]) != describe(torch.tensor(0.0)):
+            raise ValueError(f"the step of parameter {number} is {describe(state['step'])}")
+        for name in ("exp_avg", "exp_avg_sq"):
+            if describe(state[name]) != describe(parameter):
+                raise ValueError(f"{name} of parameter {number} is {describe(state[name])}")

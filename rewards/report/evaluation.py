@@ -60,34 +60,36 @@ def shown_rows(num_rows, num_shown):
 def evaluate(name, sample, file, reward, batch_size, num_shown=16):
     """Scores a PromptFile; the processes share its rows. Returns an Evaluation.
 
-    sample: a function (prompts, rows) -> Samples. num_shown: how many pictures are kept, spread over the
-    file; all pictures of a large file would not fit in memory.
+    sample: a function (prompts, metadata, row numbers) -> Samples. num_shown: how many pictures are kept,
+    spread over the file; all pictures of a large file would not fit in memory.
     """
     rank, world_size = 0, 1
     if dist.is_initialized():
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+        rank = dist.get_rank()
+        world_size = dist.get_world_size()
     rows = range(rank, len(file.prompts), world_size)
     shown = set(shown_rows(len(file.prompts), num_shown))
-    share = Evaluation(name, file.metadata, {}, {}, {}, {})
+    share = Evaluation(name, [], {}, {}, {}, {})
     for start in tqdm(range(0, len(rows), batch_size), desc="evaluate", leave=False, disable=None):
         batch = rows[start : start + batch_size]
         prompts = [file.prompts[row] for row in batch]
-        samples = sample(prompts, batch)
         metadata = [file.metadata[row] for row in batch]
+        samples = sample(prompts, metadata, batch)
         for reward_name, values in reward.details(samples.images, prompts, metadata).items():
             share.scores.setdefault(reward_name, {}).update(zip(batch, values.tolist()))
         for k, row in enumerate(batch):
             if row in shown:
                 share.captions[row] = samples.captions[k]
-                share.pictures[row] = samples.images[k].cpu()
+                # A copy: a picture that is part of its batch would keep the whole batch in memory.
+                share.pictures[row] = samples.images[k].to("cpu", copy=True)
                 if samples.films:
                     share.films[row] = samples.films[k]
-    return merge(gather_objects(share))
+    return merge(gather_objects(share), file.metadata)
 
 
-def merge(shares):
+def merge(shares, metadata):
     """One Evaluation of those of all processes, each with its own rows."""
-    whole = Evaluation(shares[0].name, shares[0].metadata, {}, {}, {}, {})
+    whole = Evaluation(shares[0].name, metadata, {}, {}, {}, {})
     names = set()
     for share in shares:  # a process without rows has no names
         names.update(share.scores)

@@ -6,8 +6,14 @@ import time
 from pathlib import Path
 
 from rewards import BadInput
+from rewards.command_line import CannotWrite
+from rewards.report.files import make_folder, remove_leftovers, write_aside, write_text
+from rewards.report.inputs import describe_inputs
+from rewards.report.lock import lock, unlock
 from rewards.report.metrics import summarise
-from rewards.report.pictures import save_before_after, save_curve, save_films, save_samples
+from rewards.report.pictures import open_picture, save_before_after, save_curve, save_films, save_samples
+from rewards.report.rows import read_rows, to_row, write_rows
+from rewards.report.tracking import start_tracking, track
 
 
 class Log:
@@ -19,62 +25,99 @@ class Log:
         self.wandb = None
         self.rows = []  # of metrics.jsonl
         if args.resume:
-            self.rows = self.read_rows(iteration)
+            self.rows = read_rows(self.run_dir, iteration)
+            remove_leftovers(self.run_dir)
+            make_folder(self.run_dir / "samples")
+            write_rows(self.run_dir, self.rows)
+            self.draw_overview()
+            if args.track:
+                self.wandb = start_tracking(self.run_dir, args)
         else:
-            try:
-                (self.run_dir / "samples").mkdir(parents=True)
-            except FileExistsError:
-                raise BadInput(f"{self.run_dir} exists: another run began that second, try again") from None
-            flags = {"algorithm": Path(script).stem} | vars(args)
-            (self.run_dir / "args.json").write_text(json.dumps(flags, indent=1))
-            shutil.copy(script, self.run_dir)
-        # Written aside and moved: a kill while the file is cut back must not lose the rows before.
-        temporary = self.run_dir / "metrics.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        temporary.replace(self.run_dir / "metrics.jsonl")
-        if args.track:
-            import wandb
+            self.begin(Path(script), args)
 
-            self.wandb = wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                dir=self.run_dir,
-                name=self.run_dir.name,
-                id=self.run_dir.name,
-                resume="allow",
-                config=vars(args),
-            )
-
-    def read_rows(self, iteration):
-        """The rows of a resumed run up to the checkpoint's iteration."""
-        path = self.run_dir / "metrics.jsonl"
+    def begin(self, script, args):
+        """Makes the folder of a new run, or leaves none behind."""
+        inputs = describe_inputs(args, script)
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()[: iteration + 1]]
-        except (OSError, json.JSONDecodeError) as error:
-            raise BadInput(f"cannot resume: {path} is missing or damaged ({error})") from None
+            self.run_dir.mkdir(parents=True)
+        except FileExistsError:
+            raise BadInput(f"{self.run_dir} exists: another run began that second, try again") from None
+        except OSError as error:
+            raise CannotWrite(f"cannot make {self.run_dir}: {error.strerror}") from None
+        try:
+            make_folder(self.run_dir / "samples")
+            with write_aside(self.run_dir / script.name) as temporary:
+                shutil.copy(script, temporary)
+            record = {"algorithm": script.stem, "inputs": inputs} | vars(args)
+            write_text(self.run_dir / "args.json", json.dumps(record, indent=1))
+            lock(self.run_dir)
+            write_rows(self.run_dir, self.rows)
+            if args.track:
+                self.wandb = start_tracking(self.run_dir, args)
+        except BaseException:
+            unlock(self.run_dir)
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+            raise
 
     def write(self, metrics, evaluations):
         """Adds a row, {name: number}, and the scores and pictures of the evaluations."""
-        samples = []
+        sheets = []
         for evaluation in evaluations:
             suffix = evaluation.name.removeprefix("eval")
             metrics |= summarise(evaluation.scores, evaluation.metadata, suffix)
+            path = self.sheet(metrics["iteration"], suffix)
             if evaluation.pictures:
-                samples.append(self.run_dir / "samples" / f"{metrics['iteration']:06d}{suffix}.png")
-                save_samples(samples[-1], evaluation)
+                with write_aside(path) as temporary:
+                    save_samples(temporary, evaluation)
+                sheets.append(path)
             if evaluation.films:
-                save_films(samples[-1].with_stem(samples[-1].stem + "_films"), evaluation)
-        self.rows.append(metrics)
-        with open(self.run_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+                with write_aside(self.sheet(metrics["iteration"], suffix + "_films")) as temporary:
+                    save_films(temporary, evaluation)
+        self.rows.append(to_row(metrics))
+        write_rows(self.run_dir, self.rows)
         if evaluations:
-            save_curve(self.run_dir / "reward.png", self.rows)
+            self.draw_overview()
         if self.wandb:
-            import wandb
-
-            pictures = {f"samples/{path.stem}": wandb.Image(str(path)) for path in samples}
-            self.wandb.log(metrics | pictures, step=metrics["iteration"])
+            track(self.wandb, metrics, sheets)
         self.print_row(metrics)
+
+    def sheet(self, iteration, suffix=""):
+        """The path of a sheet of samples."""
+        return self.run_dir / "samples" / f"{iteration:06d}{suffix}.png"
+
+    def evaluated_rows(self):
+        """The rows of iterations with an evaluation."""
+        return [row for row in self.rows if any(name.startswith("eval/") for name in row)]
+
+    def draw_overview(self):
+        """Draws reward.png and before_after.png: the samples of the base model above the latest ones."""
+        evaluated = self.evaluated_rows()
+        if not evaluated:
+            return
+        with write_aside(self.run_dir / "reward.png") as temporary:
+            save_curve(temporary, self.rows)
+        before, after = evaluated[0], evaluated[-1]
+        paths = {self.sheet(before["iteration"]): before, self.latest_sheet(after["iteration"]): after}
+        sheets = {}
+        for path, row in paths.items():
+            image = open_picture(path)
+            if image is not None:  # one that is missing or torn is left out
+                sheets[sheet_title(path, row)] = image
+        if sheets:
+            with write_aside(self.run_dir / "before_after.png") as temporary:
+                save_before_after(temporary, sheets)
+
+    def latest_sheet(self, iteration):
+        """The sheet of an iteration that is compared with the base model's.
+
+        The last in the order of names: the one with rewritten prompts comes after the plain one. Paraphrased
+        prompts are others than the base model's.
+        """
+        paths = []
+        for path in sorted(self.run_dir.glob(f"samples/{iteration:06d}*.png")):
+            if "_films" not in path.stem and "_paraphrased" not in path.stem:
+                paths.append(path)
+        return paths[-1] if paths else self.sheet(iteration)
 
     def print_row(self, metrics):
         """One line for a rollout, and one for each evaluated reward."""
@@ -87,22 +130,37 @@ class Log:
                 print(f"{start} {name} {metrics[name]:.3f}", flush=True)
 
     def close(self):
-        """Prints the scores before and after, and the time, and makes the picture to look at."""
-        evaluated = [row for row in self.rows if any(name.startswith("eval/") for name in row)]
-        before, after = evaluated[0], evaluated[-1]
-        first = self.run_dir / "samples" / f"{before['iteration']:06d}.png"
-        # The last in the order of names: the one with rewritten prompts comes after the plain one.
-        sheets = self.run_dir.glob(f"samples/{after['iteration']:06d}*.png")
-        last = sorted(path for path in sheets if not path.stem.endswith("_films"))[-1]
-        save_before_after(self.run_dir / "before_after.png", first, last)
+        """Prints the scores before and after, and the time, and where to look."""
+        evaluated = self.evaluated_rows()
         print()
-        for name in sorted(before):
-            if name.startswith("eval/") and name.count("/") == 1:
-                end = after.get(name, before[name])  # an image model that is not trained is scored once
-                change = end - before[name]
-                print(f"{name:36s} before {before[name]:.3f}   after {end:.3f}   change {change:+.3f}")
-        seconds = time.time() - self.began
-        print(f"{after['charts/num_images']} images, {seconds:.0f} s, folder {self.run_dir}")
+        if evaluated:
+            print_change(evaluated[0], evaluated[-1])
+        if self.rows:
+            images = self.rows[-1].get("charts/num_images", 0)
+            print(f"{images} images, {time.time() - self.began:.0f} s, folder {self.run_dir}")
         print(f"look at {self.run_dir / 'before_after.png'} (base model above, trained below) and reward.png")
         if self.wandb:
             self.wandb.finish()
+        unlock(self.run_dir)
+
+
+def sheet_title(path, row):
+    """What is written above a sheet in before_after.png."""
+    number, _, mode = path.stem.partition("_")
+    title = "Base model" if int(number) == 0 else f"Iteration {int(number)}"
+    if mode:
+        title += f" ({mode})"
+    reward = row.get(f"eval/reward_{mode}" if mode else "eval/reward")
+    return f"{title}: mean held-out reward {'not scored' if reward is None else f'{reward:.3f}'}"
+
+
+def print_change(before, after):
+    """Prints the evaluated rewards of two rows of metrics.jsonl."""
+    for name in sorted(before):
+        if name.startswith("eval/") and name.count("/") == 1:
+            end = after.get(name, before[name])  # an image model that is not trained is scored once
+            if before[name] is None or end is None:
+                print(f"{name:36s} not scored")
+            else:
+                change = end - before[name]
+                print(f"{name:36s} before {before[name]:.3f}   after {end:.3f}   change {change:+.3f}")

@@ -1,36 +1,92 @@
 """The pictures of a run: samples with their rewards, films of how they came about, and the reward's curve."""
 
+import functools
+import math
 import re
 import textwrap
+from pathlib import Path
+from typing import NamedTuple
 
+import matplotlib
 import matplotlib.figure
-from einops import rearrange
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+SIDE = 192  # pixels of a picture in a sheet
+GAP = 8
+LINE = 15  # height of a line of text
 
 
-def wrap(text, width, lines_per_paragraph=None):
-    """The text as lines, of which each paragraph gets at most that many."""
+class Cell(NamedTuple):
+    """A place in a sheet."""
+
+    lines: list  # of text, above the picture
+    score: str = ""  # below these, in bold
+    picture: object = None  # (H, W, 3) in [0, 1], where there is one
+
+
+@functools.cache
+def load_font(size, bold=False):
+    """DejaVu Sans, which comes with matplotlib and has Latin, Greek and Cyrillic letters."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf", name)), size)
+
+
+def wrap(text, width=28, lines_per_paragraph=None):
+    """The text as lines that can be drawn, of which each paragraph gets at most that many."""
     lines = []
     for paragraph in text.split("\n"):
         lines += textwrap.wrap(paragraph, width)[:lines_per_paragraph]
-    return lines
+    return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
+
+
+def format_score(score):
+    return "not scored" if math.isnan(score) else f"reward {score:.2f}"
+
+
+def draw_sheet(cells, columns):
+    """Cells in rows of so many columns, as an image."""
+    rows = math.ceil(len(cells) / columns)
+    text_height = LINE * max(len(cell.lines) for cell in cells) + LINE + 4
+    width = SIDE + GAP
+    height = text_height + SIDE + GAP
+    sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
+    for number, cell in enumerate(cells):
+        row, column = divmod(number, columns)
+        sheet.paste(draw_cell(cell, text_height), (GAP + column * width, GAP + row * height))
+    return sheet
+
+
+def draw_cell(cell, text_height):
+    """One cell as an image. The text ends right above the picture."""
+    image = Image.new("RGB", (SIDE, text_height + SIDE), "white")
+    draw = ImageDraw.Draw(image)
+    top = text_height - LINE * (len(cell.lines) + 1) - 4
+    for line in cell.lines:
+        draw.text((0, top), line, "black", load_font(12))
+        top += LINE
+    draw.text((0, top), cell.score, "black", load_font(13, bold=True))
+    if cell.picture is not None:
+        image.paste(to_image(cell.picture), (0, text_height))
+    return image
+
+
+def to_image(picture):
+    """A picture (H, W, 3) in [0, 1] as an image whose longer side is SIDE."""
+    pixels = np.asarray(picture, dtype=np.float32)
+    image = Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8))
+    smaller = max(image.size) <= SIDE  # the tiny world's pixels stay sharp squares
+    return ImageOps.contain(image, (SIDE, SIDE), Image.NEAREST if smaller else Image.LANCZOS)
 
 
 def save_samples(path, evaluation):
     """The shown images of an evaluation, each with its caption and reward."""
-    rows = sorted(evaluation.pictures)
-    titles = []
-    for row in rows:
-        title = wrap(evaluation.captions[row], 28, lines_per_paragraph=3)
-        titles.append([*title, f"{evaluation.scores['reward'][row]:.2f}"])
-    sheet = matplotlib.figure.Figure(figsize=(16, 4.2 + 0.35 * max(map(len, titles))))
-    for axes, row, title in zip(sheet.subplots(2, 8).flat, rows, titles):
-        axes.imshow(rearrange(evaluation.pictures[row], "c h w -> h w c"), interpolation="nearest")
-        axes.set_title("\n".join(title), fontsize=9, parse_math=False)
-    for axes in sheet.axes:
-        axes.axis("off")
-    sheet.tight_layout()
-    sheet.savefig(path, dpi=80)
+    cells = []
+    for row in sorted(evaluation.pictures):
+        lines = wrap(evaluation.captions[row], lines_per_paragraph=3)
+        score = format_score(evaluation.scores["reward"][row])
+        cells.append(Cell(lines, score, evaluation.pictures[row].permute(1, 2, 0)))
+    draw_sheet(cells, columns=8).save(path, format="png")
 
 
 def save_films(path, evaluation):
@@ -38,38 +94,49 @@ def save_films(path, evaluation):
     rows = sorted(evaluation.films)
     rows = rows[:: max(len(rows) // 6, 1)][:6]
     columns = 1 + max(len(evaluation.films[row]) for row in rows)
-    sheet = matplotlib.figure.Figure(figsize=(2.2 * columns, 2.7 * len(rows)))
-    for row, line in zip(rows, sheet.subplots(len(rows), columns, squeeze=False)):
-        final = rearrange(evaluation.pictures[row], "c h w -> h w c")
-        title = f"{evaluation.captions[row]}\n{evaluation.scores['reward'][row]:.2f}"
-        for axes, (picture, caption) in zip(line, [*evaluation.films[row], (final, title)]):
-            if picture is not None:
-                axes.imshow(picture, interpolation="nearest")
-            axes.set_title("\n".join(wrap(caption, 30)), fontsize=7, parse_math=False)
-        for axes in line:
-            axes.axis("off")
-    sheet.tight_layout()
-    sheet.savefig(path, dpi=80)
+    cells = []
+    for row in rows:
+        line = [Cell(wrap(caption), picture=picture) for picture, caption in evaluation.films[row]]
+        score = format_score(evaluation.scores["reward"][row])
+        line.append(Cell(wrap(evaluation.captions[row]), score, evaluation.pictures[row].permute(1, 2, 0)))
+        cells += line + [Cell([])] * (columns - len(line))
+    draw_sheet(cells, columns).save(path, format="png")
 
 
-def save_curve(path, metrics):
+def save_curve(path, rows):
     """The reward's evaluations so far against images sampled; metrics.jsonl has all other scores."""
     curve = matplotlib.figure.Figure(figsize=(7, 4))
     axes = curve.subplots()
-    names = sorted({name for row in metrics for name in row if re.fullmatch(r"eval/reward[^/]*", name)})
-    for name in names:
-        rows = [row for row in metrics if row.get(name) is not None]
-        images = [row["charts/num_images"] for row in rows]
-        axes.plot(images, [row[name] for row in rows], ".-", label=name)
+    names = set()
+    for row in rows:
+        names.update(name for name in row if re.fullmatch(r"eval/reward[^/]*", name))
+    for name in sorted(names):
+        points = [row for row in rows if row.get(name) is not None and "charts/num_images" in row]
+        images = [row["charts/num_images"] for row in points]
+        axes.plot(images, [row[name] for row in points], ".-", label=name)
     axes.set(xlabel="images sampled", ylabel="held-out reward")
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves
-    curve.savefig(path, dpi=120, bbox_inches="tight")
+    if names:
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves
+    curve.savefig(path, dpi=120, bbox_inches="tight", format="png")
 
 
-def save_before_after(path, before, after):
-    """Two sample sheets, one above the other; rewritten prompts make the second one higher."""
-    sheets = [Image.open(before), Image.open(after)]
-    both = Image.new("RGB", (sheets[0].width, sheets[0].height + sheets[1].height))
-    both.paste(sheets[0], (0, 0))
-    both.paste(sheets[1], (0, sheets[0].height))
-    both.save(path)
+def save_before_after(path, sheets):
+    """Sheets of samples, {title: image}, one above the other under their titles."""
+    strip = 40  # height of a title
+    width = max(image.width for image in sheets.values())
+    height = sum(strip + image.height for image in sheets.values())
+    both = Image.new("RGB", (width, height), "white")
+    top = 0
+    for title, image in sheets.items():
+        ImageDraw.Draw(both).text((GAP, top + GAP), title, "black", load_font(22, bold=True))
+        both.paste(image, (0, top + strip))
+        top += strip + image.height
+    both.save(path, format="png")
+
+
+def open_picture(path):
+    """A picture in a file, None if it is missing or torn."""
+    try:
+        return Image.open(path).convert("RGB")
+    except Exception:  # Pillow raises anything on a damaged file
+        return None

@@ -1,0 +1,280 @@
+"""The log: rows that are valid JSON, pictures at every evaluation, and lines on the terminal."""
+
+import json
+import math
+from pathlib import Path
+
+import miniature
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rewards import BadInput, report
+from rewards.prompts import PromptFile
+from rewards.report import files, pictures
+from rewards.report.evaluation import Evaluation, merge
+
+
+def make_evaluation(name="eval", count=16, score=0.5, caption="a red circle", films=None, side=8):
+    shown = {row: torch.full((3, side, side), 0.5) for row in range(count)}
+    scores = {"reward": dict.fromkeys(range(count), score)}
+    captions = dict.fromkeys(range(count), caption)
+    return Evaluation(name, [{}] * count, scores, captions, shown, films or {})
+
+
+@pytest.fixture
+def log(world):
+    args = miniature.Args()
+    return report.Log(Path("runs/x"), miniature.__file__, args, -1)
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def read_rows(run_dir):
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def test_nan_and_infinity_are_null(log):
+    log.write(
+        {"iteration": 0, "charts/num_images": 0, "a": math.nan, "b": math.inf, "c": -math.inf, "d": 1}, []
+    )
+    assert read_rows(log.run_dir) == [
+        {"iteration": 0, "charts/num_images": 0, "a": None, "b": None, "c": None, "d": 1}
+    ]
+
+
+def test_an_evaluation_without_a_score_goes_through(log, capsys):
+    for iteration in (0, 1):
+        metrics = {"iteration": iteration, "charts/num_images": iteration}
+        log.write(metrics, [make_evaluation(score=math.nan)])
+    log.close()
+    assert "not scored" in capsys.readouterr().out
+    assert read_rows(log.run_dir)[1]["eval/reward"] is None
+
+
+def test_the_pictures_are_drawn_at_every_evaluation(log):
+    sizes = []
+    for iteration in (0, 1, 2):
+        metrics = {"iteration": iteration, "charts/num_images": iteration}
+        log.write(metrics, [make_evaluation(score=iteration)] if iteration != 1 else [])
+        with Image.open(log.run_dir / "before_after.png") as picture:
+            sizes.append(picture.size)
+    assert sizes[0] == sizes[1] and sizes[2] == (sizes[0][0], 2 * sizes[0][1])
+    assert (log.run_dir / "reward.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(log.run_dir.rglob("*.tmp"))
+
+
+def test_before_after_says_what_it_shows(world, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        "rewards.report.log.save_before_after", lambda path, sheets: shown.append(list(sheets))
+    )
+    monkeypatch.setattr("rewards.report.log.write_aside", files.contextlib.nullcontext)
+    log = report.Log.__new__(report.Log)
+    log.run_dir = world
+    (world / "samples").mkdir()
+    for name in (
+        "000000",
+        "000000_paraphrased",
+        "000012",
+        "000012_loop",
+        "000012_paraphrased",
+        "000012_loop_films",
+    ):
+        Image.new("RGB", (4, 4)).save(world / f"samples/{name}.png")
+    log.rows = [{"iteration": 0, "charts/num_images": 0, "eval/reward": 0.25}]
+    log.draw_overview()
+    log.rows.append({"iteration": 12, "charts/num_images": 3, "eval/reward": 0.5, "eval/reward_loop": 0.75})
+    log.draw_overview()
+    log.rows[1]["eval/reward_loop"] = None
+    log.draw_overview()
+    (world / "samples/000012_loop.png").write_bytes(b"torn")
+    log.draw_overview()
+    base = "Base model: mean held-out reward 0.250"
+    assert shown == [
+        [base],
+        [base, "Iteration 12 (loop): mean held-out reward 0.750"],
+        [base, "Iteration 12 (loop): mean held-out reward not scored"],
+        [base],
+    ]
+
+
+def test_before_after_holds_both_pictures_whole(tmp_path):
+    low, high = Image.new("RGB", (600, 4), "red"), Image.new("RGB", (500, 9), "blue")
+    pictures.save_before_after(tmp_path / "both.png", {"Base model": low, "Iteration 3": high})
+    both = np.array(Image.open(tmp_path / "both.png"))
+    assert both.shape == (40 + 4 + 40 + 9, 600, 3)
+    assert (both[40:44] == (255, 0, 0)).all() and (both[84:, :500] == (0, 0, 255)).all()
+    for title in (both[:40], both[44:84]):
+        assert title.min() == 0 and (title[0] == 255).all()  # black letters on white
+
+
+def test_close_says_what_changed(log, capsys):
+    log.rows = [
+        {"iteration": 0, "charts/num_images": 0, "eval/reward": 0.25, "eval/jpeg": 1, "eval/reward/tag": 0.1},
+        {"iteration": 1, "charts/num_images": 9},
+        {"iteration": 2, "charts/num_images": 18, "eval/reward": 0.5},
+    ]
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == [
+        "eval/jpeg                            before 1.000   after 1.000   change +0.000",
+        "eval/reward                          before 0.250   after 0.500   change +0.250",
+    ]
+    assert lines[3].startswith("18 images, 0 s, folder runs/x") and "before_after.png" in lines[4]
+
+
+@pytest.mark.parametrize("rows", [[], [{"iteration": 0}], [{"iteration": 0, "eval/reward": None}]])
+def test_close_never_fails(log, rows):
+    log.rows = rows
+    log.draw_overview()
+    log.close()
+
+
+def test_a_run_that_began_in_the_same_second_is_not_written_over(log):
+    before = (log.run_dir / "args.json").read_bytes()
+    with pytest.raises(BadInput, match="another run began that second"):
+        report.Log(log.run_dir, miniature.__file__, miniature.Args(seed=2), -1)
+    assert (log.run_dir / "args.json").read_bytes() == before
+
+
+# === drawing ===
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "",
+        "a",
+        "word " * 200,
+        "a" * 500,
+        "\n\n",
+        "\0\x1b[31m",
+        "\ud800",
+        "Привет κόσμε 日本 🙂",
+        "$x^2$ \\frac",
+    ],
+)
+def test_any_caption_can_be_drawn(tmp_path, caption):
+    films = {0: [(None, caption), (torch.zeros(8, 8, 3), caption)], 1: [(None, caption)]}
+    evaluation = make_evaluation(caption=caption, films=films)
+    pictures.save_samples(tmp_path / "samples.png", evaluation)
+    pictures.save_films(tmp_path / "films.png", evaluation)
+    for name in ("samples.png", "films.png"):
+        Image.open(tmp_path / name).load()
+
+
+@pytest.mark.parametrize("count, rows", [(1, 1), (8, 1), (9, 2), (16, 2)])
+def test_a_sheet_has_eight_pictures_in_a_row(tmp_path, count, rows):
+    pictures.save_samples(tmp_path / "samples.png", make_evaluation(count=count))
+    width, height = Image.open(tmp_path / "samples.png").size
+    assert width == 8 * 200 + 8 and height == rows * (192 + 8 + 15 + 15 + 4) + 8
+
+
+@pytest.mark.parametrize("side", [8, 64, 192, 512, 1000])
+def test_a_picture_of_any_size_fills_its_place(side):
+    image = pictures.to_image(torch.full((side, side, 3), 0.2))
+    assert image.size == (192, 192) and np.unique(image).tolist() == [51]
+
+
+def test_pixels_of_small_pictures_stay_squares():
+    picture = torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(0))
+    pixels = np.array(pictures.to_image(picture))
+    expected = (picture * 255).round().byte().numpy().repeat(3, 0).repeat(3, 1)
+    assert (pixels == expected).all()
+
+
+def test_the_curve_is_the_rewards_and_its_legend_hides_nothing(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    rows = []
+    for number in (0, 4):
+        row = {"charts/num_images": number}
+        for name in ("reward", "geneval", "reward/colors"):
+            row[f"eval/{name}"] = number / 10
+            row[f"eval/{name}_loop"] = number / 10
+        rows.append(row)
+    rows.append({"charts/num_images": 8, "eval/reward_loop": 0.9, "eval/reward": None})
+    pictures.save_curve(tmp_path / "reward.png", rows)
+    (axes,) = figures[0].axes
+    curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert curves == {"eval/reward": [[0, 0], [4, 0.4]], "eval/reward_loop": [[0, 0], [4, 0.4], [8, 0.9]]}
+    assert axes.get_legend().get_window_extent().x0 > axes.get_window_extent().x1
+
+
+# === evaluation ===
+
+
+def test_only_what_is_shown_is_kept_in_memory():
+    batches = []
+
+    def sample(prompts, rows):
+        batches.append(torch.zeros(len(rows), 3, 4, 4))
+        return report.Samples(batches[-1], captions=prompts)
+
+    file = PromptFile([str(row) for row in range(100)], [{} for _ in range(100)])
+    for num_shown, shown in ((0, []), (4, [0, 25, 50, 75])):
+        evaluation = report.evaluate("eval", sample, file, miniature.Brightness(), 32, num_shown)
+        assert list(evaluation.pictures) == list(evaluation.captions) == shown
+        assert list(evaluation.scores["reward"]) == list(range(100))
+        for picture in evaluation.pictures.values():
+            assert picture.untyped_storage().nbytes() == 3 * 4 * 4 * 4  # not of a whole batch
+
+
+def test_the_shares_of_all_processes_are_one_evaluation():
+    shares = [make_evaluation(count=0), make_evaluation(count=2)]
+    whole = merge(shares, ["metadata"])
+    assert whole.metadata == ["metadata"] and whole.scores == {"reward": {0: 0.5, 1: 0.5}}
+
+
+# === files ===
+
+
+def test_a_full_disk_is_told_by_every_library():
+    full = OSError(28, "No space left on device")
+    assert files.find_disk_error(full) is full
+    try:
+        try:
+            raise full
+        except OSError:
+            raise RuntimeError("unexpected pos 704 vs 598")  # as torch.save does
+    except RuntimeError as error:
+        assert files.find_disk_error(error) is full
+    safetensors = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert files.find_disk_error(safetensors).errno == 28
+    assert files.find_disk_error(ValueError("a mistake in drawing")) is None
+
+
+def test_a_mistake_in_drawing_is_no_full_disk(tmp_path):
+    with pytest.raises(ValueError, match="a mistake"), files.write_aside(tmp_path / "x") as temporary:
+        temporary.write_text("half")
+        raise ValueError("a mistake")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path):
+    for text in ("old", "new"):
+        with files.replace_folder(tmp_path / "x") as folder:
+            (folder / text).write_text(text)
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "new"]
+
+
+def test_a_folder_that_cannot_be_moved_leaves_the_old_one(tmp_path, monkeypatch):
+    with files.replace_folder(tmp_path / "x") as folder:
+        (folder / "old").write_text("old")
+    replace = files.os.replace
+
+    def fail(source, target):
+        if source.name == "x.tmp":
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", fail)
+    with pytest.raises(files.CannotWrite, match="Permission denied"):
+        with files.replace_folder(tmp_path / "x") as folder:
+            (folder / "new").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "old"]
