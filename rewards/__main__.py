@@ -35,7 +35,7 @@ from rewards.prompts import load_prompts
 
 @dataclasses.dataclass
 class Args:
-    rewards: Annotated[tuple, None, tyro.conf.Positional, tyro.conf.arg(metavar="REWARD [REWARD ...]")]
+    rewards: Annotated[tuple, tyro.conf.Positional, tyro.conf.arg(metavar="REWARD [REWARD ...]")]
     """What to score with, such as geneval ocr clipscore@hub/id-or-folder:0.5. Of several, "reward" is the
     weighted sum."""
     images: str

@@ -342,11 +342,29 @@ def load_prompt_files(prompts, eval_prompts=""):
     if os.path.isfile(paraphrased):
         files["eval_paraphrased"] = load_prompts(paraphrased)
         paths["eval_paraphrased"] = paraphrased
-    if any("source" in row for row in join_prompt_files(files.values()).metadata):
-        from rewards.sources import resolve_sources  # here, not above: it needs torch
+    return {name: resolve_sources(paths[name], file) for name, file in files.items()}
 
-        files = {name: resolve_sources(paths[name], file) for name, file in files.items()}
-    return files
+
+def resolve_sources(path, file):
+    """The PromptFile that was read from path, with each "source", an image to edit, as a path from here.
+
+    Raises BadInput, naming the row, for a source that is missing or not an image, and for a file in which
+    only some rows have one: the rows of a micro-batch are sampled together.
+    """
+    with_source = [row for row in file.metadata if "source" in row]
+    if not with_source:
+        return file
+    from rewards.sources import check_source  # here, not above: it needs torch
+
+    if len(with_source) < len(file.metadata):
+        raise BadInput(
+            f"{path}: {len(with_source)} of its {len(file.metadata)} rows have a source; all must, or none"
+        )
+    metadata = []
+    for row in file.metadata:
+        source = check_source(path, row)
+        metadata.append(Row(row | {"source": source}, row.place))
+    return PromptFile(file.prompts, metadata)
 
 
 def describe_row(row, prompt, metadata):

@@ -7,29 +7,8 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageOps
 
-from rewards import BadInput
+from rewards.errors import BadInput
 from rewards.image_file import read_image
-from rewards.prompts import PromptFile, Row
-
-
-def resolve_sources(path, file):
-    """The PromptFile that was read from path, with each "source" as a path from here.
-
-    Raises BadInput, naming the row, for a source that is missing or not an image, and for a file in which
-    only some rows have one: the rows of a micro-batch are sampled together.
-    """
-    with_source = [row for row in file.metadata if "source" in row]
-    if not with_source:
-        return file
-    if len(with_source) < len(file.metadata):
-        raise BadInput(
-            f"{path}: {len(with_source)} of its {len(file.metadata)} rows have a source; all must, or none"
-        )
-    metadata = []
-    for row in file.metadata:
-        source = check_source(path, row)
-        metadata.append(Row(row | {"source": source}, row.place))
-    return PromptFile(file.prompts, metadata)
 
 
 def check_source(path, row):
