@@ -30,7 +30,7 @@ from rewards.command_line import PositiveInt, Range
 from rewards.errors import BadInput
 from rewards.image_file import read_image
 from rewards.image_folder import describe_pairing, find_images, pair_images
-from rewards.prompts import load_prompts
+from rewards.prompts import load_prompts, resolve_sources
 
 
 @dataclasses.dataclass
@@ -160,7 +160,7 @@ def main(args):
         raise BadInput(f"--output {args.output} is a folder: name a .jsonl")
     if args.output and not os.path.isdir(Path(args.output).parent):
         raise BadInput(f"--output {args.output}: there is no folder {Path(args.output).parent}")
-    file = load_prompts(args.prompts)
+    file = resolve_sources(args.prompts, load_prompts(args.prompts))
     paths = find_images(args.images)
     rows = pair_images(args.images, paths, file.prompts, args.number, args.count_from, args.in_order)
     device = "cuda" if torch.cuda.is_available() else "cpu"

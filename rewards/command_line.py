@@ -194,6 +194,15 @@ def execute(main, args):
     except KeyboardInterrupt:
         say(f"Interrupted{advice}")
         sys.exit(1)
+    finally:
+        leave_process_group()
+
+
+def leave_process_group():
+    """Ends what torch.distributed runs in the background: a process that exits without this may abort."""
+    distributed = sys.modules.get("torch.distributed")  # not imported: then there is nothing to end
+    if distributed and distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 class Interruption:

@@ -17,7 +17,10 @@ from diffusers import (
 from PIL import Image
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+import fdfo
 import flow_grpo
+import promptrl
+import superflow
 from flow_grpo import Args, Conditions, train
 from rewards.prompts import PromptFile
 
@@ -221,6 +224,23 @@ def test_training_starts_on_policy(models, flags, tmp_path, name, variant):
     if name.endswith("source"):
         flags["prompts"] = edit_files(tmp_path)
     run_dir = train(Args(**flags | VARIANTS[variant]))
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["losses/ratio_first"] for row in rows[1:]] == [0, 0]
+    assert all(row["losses/grad_norm"] > 0 for row in rows[1:])
+
+
+@pytest.mark.parametrize("module", [superflow, fdfo, promptrl], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("name", ["dev", "kontext with a source"])
+def test_the_other_files_train_it_too(models, flags, tmp_path, module, name):
+    flags |= {"model": models[name.split()[0]], "lora_rank": 2, "rewards": "jpeg_incompressibility:0.001"}
+    flags["num_images_per_prompt"] = 4
+    if name.endswith("source"):
+        flags["prompts"] = edit_files(tmp_path)
+    if module is superflow:
+        flags["pool"] = 1
+    if module is promptrl:
+        flags["sde_window"] = 2
+    run_dir = module.train(module.Args(**flags))
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["losses/ratio_first"] for row in rows[1:]] == [0, 0]
     assert all(row["losses/grad_norm"] > 0 for row in rows[1:])
