@@ -93,29 +93,6 @@ def read_config(name, filename):
     return Config(values, f"{filename} of {name}")
 
 
-def load_lora(pipe, name):
-    """Adds a LoRA in diffusers' format, a file, a folder or a hub id, to the transformer of a pipeline.
-
-    Raises BadInput where it does not fit: a LoRA that matches no layer would change nothing, silently.
-    """
-    before = count_lora_weights(pipe.transformer)
-    with collect_messages() as messages:
-        from_hub(pipe.load_lora_weights, name)
-    kind = type(pipe.transformer).__name__
-    if count_lora_weights(pipe.transformer) == before:
-        raise BadInput(
-            f"the LoRA {name} matches no layer of {kind}: the names of its weights must begin with "
-            "`transformer.`, as diffusers' save_lora_weights writes them"
-        )
-    for message in messages:
-        if "unexpected keys" in message or "missing keys" in message:
-            raise BadInput(f"the LoRA {name} fits {kind} only in part: {first_line(message)}")
-
-
-def count_lora_weights(module):
-    return sum("lora_" in name for name, _ in module.named_parameters())
-
-
 # === the hub ===
 
 
@@ -132,15 +109,14 @@ class Collector(logging.Handler):
 
 @contextlib.contextmanager
 def collect_messages():
-    """A list that gets the libraries' warnings, which are not printed meanwhile. Can be nested."""
+    """A list that gets the libraries' warnings, which are not printed meanwhile."""
     collector = Collector()
     before = []
     for name in LIBRARIES:
         logger = logging.getLogger(name)
         before.append((logger, logger.level, logger.handlers, logger.propagate))
-        outer = [handler for handler in logger.handlers if isinstance(handler, Collector)]
         logger.setLevel(logging.WARNING)
-        logger.handlers = outer + [collector]
+        logger.handlers = [collector]
         logger.propagate = False
     try:
         yield collector.messages

@@ -13,7 +13,6 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import errors as hub_errors
-from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
@@ -493,86 +492,11 @@ def test_loggers_are_as_before_after_an_error():
     before = [(logger.level, list(logger.handlers), logger.propagate) for logger in loggers]
     with pytest.raises(ZeroDivisionError), weights.collect_messages() as messages:
         logging.getLogger("transformers.somewhere").warning("a warning")
-        with weights.collect_messages() as inner:
-            logging.getLogger("diffusers").warning("another")
+        logging.getLogger("diffusers").warning("another")
+        logging.getLogger("diffusers").info("no warning")
         raise ZeroDivisionError
-    assert messages == ["a warning", "another"] and inner == ["another"]
+    assert messages == ["a warning", "another"]
     assert [(logger.level, list(logger.handlers), logger.propagate) for logger in loggers] == before
-
-
-# ---- LoRAs ----
-@pytest.fixture(scope="module")
-def lora():
-    """The tensors of a LoRA, as diffusers saves them."""
-    pipe = load(SOURCE)
-    torch.manual_seed(0)
-    config = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["attn.to_q", "attn.to_k"])
-    pipe.transformer.add_adapter(config)
-    return {f"transformer.{name}": t for name, t in get_peft_model_state_dict(pipe.transformer).items()}
-
-
-def save_lora(folder, state, name="pytorch_lora_weights.safetensors"):
-    folder.mkdir(exist_ok=True)
-    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / name)
-    return str(folder)
-
-
-def test_a_lora_that_fits_is_added(lora, tmp_path):
-    pipe = load(SOURCE)
-    weights.load_lora(pipe, save_lora(tmp_path / "lora", lora))
-    assert weights.count_lora_weights(pipe.transformer) == len(lora)
-    values = dict(pipe.transformer.named_parameters())
-    name = "transformer_blocks.0.attn.to_q.lora_A"
-    assert torch.equal(values[f"{name}.default_0.weight"], lora[f"transformer.{name}.weight"])
-
-
-def rename(state, old, new):
-    return {name.replace(old, new, 1): tensor for name, tensor in state.items()}
-
-
-def damage(folder):
-    (path,) = Path(folder).iterdir()
-    truncate(path)
-
-
-USELESS_LORAS = {
-    "peft's own format": (
-        lambda s: rename(s, "transformer.", "base_model.model."),
-        "matches no layer of SD3Tra",
-    ),
-    "no prefix": (lambda s: rename(s, "transformer.", ""), "matches no layer of SD3Transformer2DModel"),
-    "of a U-Net": (lambda s: rename(s, "transformer.", "unet."), "matches no layer"),
-    "other layers": (lambda s: rename(s, "transformer_blocks", "blocks"), "Target modules .*blocks"),
-    "one name is wrong": (
-        lambda s: {("transformer.typo." + n if "0.attn.to_q.lora_A" in n else n): t for n, t in s.items()},
-        "fits SD3Transformer2DModel only in part: .*unexpected keys",
-    ),
-    "another width": (
-        lambda s: {name: (torch.zeros(2, 9) if "lora_A" in name else t) for name, t in s.items()},
-        "cannot load .*Error.s. in loading state_dict",
-    ),
-    "no LoRA": (lambda s: {"transformer.x_embedder.weight": torch.zeros(3)}, "Invalid LoRA checkpoint"),
-}
-
-
-@pytest.mark.parametrize("edit, said", USELESS_LORAS.values(), ids=USELESS_LORAS)
-def test_a_lora_that_does_not_fit_is_one_line(lora, tmp_path, edit, said):
-    with pytest.raises(BadInput, match=said) as error:
-        weights.load_lora(load(SOURCE), save_lora(tmp_path / "lora", edit(lora)))
-    assert str(tmp_path / "lora") in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_lora_that_is_damaged_or_not_there_is_one_line(lora, tmp_path, offline):
-    folder = save_lora(tmp_path / "lora", lora)
-    damage(folder)
-    with pytest.raises(BadInput, match="its pytorch_lora_weights.safetensors is damaged"):
-        weights.load_lora(load(SOURCE), folder)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(BadInput, match="no file named pytorch_lora_weights"):
-        weights.load_lora(load(SOURCE), str(tmp_path / "empty"))
-    for name, said in ((str(tmp_path / "none"), "there is no such folder"), ("org/lora", "not reachable")):
-        with pytest.raises(BadInput, match=said):
-            weights.load_lora(load(SOURCE), name)
 
 
 # ---- files of tensors ----
