@@ -109,15 +109,14 @@ class Collector(logging.Handler):
 
 @contextlib.contextmanager
 def collect_messages():
-    """A list that gets the libraries' warnings, which are not printed meanwhile. Can be nested."""
+    """A list that gets the libraries' warnings, which are not printed meanwhile."""
     collector = Collector()
     before = []
     for name in LIBRARIES:
         logger = logging.getLogger(name)
         before.append((logger, logger.level, logger.handlers, logger.propagate))
-        outer = [handler for handler in logger.handlers if isinstance(handler, Collector)]
         logger.setLevel(logging.WARNING)
-        logger.handlers = outer + [collector]
+        logger.handlers = [collector]
         logger.propagate = False
     try:
         yield collector.messages
