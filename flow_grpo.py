@@ -26,10 +26,12 @@ Run (time and memory: docs/flow_grpo.md; the commands for real models were not r
   python flow_grpo.py                                        # the tiny world, under 10 minutes on two cores
   python flow_grpo.py --model stabilityai/stable-diffusion-3.5-medium --max-sequence-length 128 \\
       --resolution 512 --rewards ocr --prompts ocr/train.txt --eval-prompts ocr/test.txt \\
-      --lora-rank 32 --learning-rate 3e-4 --kl-coef 0.04 --clip-range 1e-4 --guidance-scale 4.5 \\
-      --num-inference-steps 10 --sde-window 0 --eval-num-inference-steps 40 \\
+      --lora-rank 32 --learning-rate 3e-4 --kl-coef 0.004 --clip-range 1e-4 --guidance-scale 4.5 \\
+      --num-inference-steps 10 --sde-window 0 --eval-num-inference-steps 40 --num-iterations 1000 \\
       --num-prompts-per-iteration 8 --num-images-per-prompt 8 --micro-batch-size 8 --gradient-checkpointing
   torchrun --nproc_per_node=8 flow_grpo.py ... --num-prompts-per-iteration 48 --num-images-per-prompt 24
+This KL coefficient is the official 0.04 times dt, about 0.1 (difference 1). docs/your_model.md has commands
+for FLUX.1 and Kontext.
 
 Conventions, the same in all five files:
   Time t runs from 1 (noise) to 0 (image), and x_t = (1 - t) x_0 + t noise.
@@ -53,7 +55,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no notes about optio
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
+from einops import rearrange
 from peft import LoraConfig, get_peft_model_state_dict
 from tqdm import tqdm
 
@@ -61,6 +64,7 @@ import rewards
 from rewards import BadInput, command_line, report
 from rewards.command_line import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed
 from rewards.prompts import join_prompt_files, load_prompt_files
+from rewards.sources import load_source
 from rewards.weights import from_hub, read_pipeline_configs
 
 
@@ -91,15 +95,21 @@ class Args:
 
     # Model and data
     model: str = "tiny/sd3"
-    """Image model: a diffusers pipeline of Stable Diffusion 3, as a folder or a hub id."""
+    """Image model: a diffusers pipeline of SD3, FLUX.1 or FLUX.1-Kontext, as a folder or a hub id."""
     resolution: NonNegativeInt = 0
     """Side of the square images, in pixels. 0: the model's own."""
     max_sequence_length: Annotated[int, Range(0, 512)] = 0
-    """Length of a prompt in T5 tokens (SD3.5 uses up to 256). 0: leave T5 out (tiny/sd3 has none)."""
+    """Length of a prompt in T5 tokens, padding included: 256 at most for SD3.5, 512 for FLUX.1, which draws
+    another image at another length. 0: leave T5 out (tiny/sd3 has none; FLUX.1 needs it)."""
     lora_rank: Annotated[int, Range(0, 1024)] = 0
     """Rank of the trained LoRA; its alpha is twice the rank. 0: train all weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: much less memory, about a third more time."""
+    offload_text_encoders: bool = False
+    """Keep the text encoders on the GPU only while they encode: frees up to 11 GB, costs up to a second per
+    iteration with new prompts."""
+    compile: bool = False
+    """Compile the blocks of the transformer: faster, after a minute or more. Needs a C compiler."""
     prompts: str = "tiny/prompts/train.jsonl"
     """Training prompts: a .txt with one prompt per line, or a .jsonl with "prompt" and metadata per line."""
     eval_prompts: str = ""
@@ -117,11 +127,12 @@ class Args:
     eval_num_inference_steps: Annotated[int, Range(1, 1000)] = 10
     """Denoising steps of an evaluation sample."""
     guidance_scale: Annotated[float, Range(0, 100)] = 1.0
-    """Classifier-free guidance in sampling, loss and evaluation. Up to 1: none, at half the cost."""
-    noise_level: Annotated[float, Range(0, 2, above_low=True)] = 0.7
+    """Guidance in sampling, loss and evaluation. SD3: classifier-free; up to 1: none, at half the cost.
+    FLUX.1: an input of the network, usually 3.5 (Kontext: 2.5)."""
+    noise_level: Annotated[float, Range(0.001, 2)] = 0.7
     """a, the strength of the noise in stochastic steps."""
     sde_type: Literal["flow", "cps"] = "flow"
-    """Stochastic sampler: flow is the paper's SDE, cps is CPS (arXiv 2509.05952)."""
+    """Stochastic sampler: flow is Flow-GRPO's SDE, cps is CPS (arXiv 2509.05952)."""
     sde_window: Annotated[int, Range(0, 999)] = 2
     """W, how many consecutive steps are stochastic and trained, placed at random in the noisier half. 0: all
     steps but the last."""
@@ -130,7 +141,7 @@ class Args:
 
     # Algorithm
     advantage_std: Literal["global", "group"] = "global"
-    """Standard deviation that advantages are divided by: of all rewards, or of the group's own."""
+    """Standard deviation that advantages are divided by: over all images, or over those of the prompt."""
     clip_range: Annotated[float, Range(0, 1, above_low=True)] = 1e-3
     """eps, PPO's clip range. Tiny because log-probabilities are averaged over the latent, not summed."""
     ratio_norm: bool = False
@@ -169,27 +180,44 @@ def check_args(args):
 # === model ===
 
 
-def check_model(args):
-    """Raises BadInput where the model's configurations do not fit the flags. Loads no weights."""
+def check_model(args, every_prompt):
+    """Raises BadInput where the model's configurations do not fit the flags or prompts. Loads no weights."""
     configs = read_pipeline_configs(args.model)
-    if configs["family"] != "StableDiffusion3Pipeline":
-        raise BadInput(f"--model {args.model} is a {configs['family']}; supported: StableDiffusion3Pipeline")
+    families = ["StableDiffusion3Pipeline", "FluxPipeline", "FluxKontextPipeline"]
+    if configs["family"] not in families:
+        raise BadInput(f"--model {args.model} is a {configs['family']}; supported: {', '.join(families)}")
+    flux = configs["family"] != "StableDiffusion3Pipeline"
     scheduler, transformer = configs["scheduler"], configs["transformer"]
     if scheduler["_class_name"] != "FlowMatchEulerDiscreteScheduler":
         raise BadInput(f"--model {args.model} has a {scheduler['_class_name']}; steps must be Euler's")
-    if scheduler.get("use_dynamic_shifting"):
-        raise BadInput(f"--model {args.model} shifts its times dynamically, which is not supported")
-    if args.max_sequence_length > 0 and "text_encoder_3" not in configs:
+    if scheduler.get("use_dynamic_shifting") and not flux:
+        raise BadInput(
+            f"--model {args.model} shifts its times dynamically, which is supported for FLUX.1 only"
+        )
+    if flux and args.max_sequence_length == 0:
+        raise BadInput("--max-sequence-length must be above 0, usually 512: FLUX.1 reads its prompts with T5")
+    if args.max_sequence_length > 0 and not flux and "text_encoder_3" not in configs:
         raise BadInput(f"--max-sequence-length must be 0: {args.model} has no T5 encoder")
-    pixels_per_patch = transformer["patch_size"] * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-    largest = pixels_per_patch * transformer["pos_embed_max_size"]
+    patch_size = 2 if flux else transformer["patch_size"]  # in latents
+    pixels_per_patch = patch_size * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    largest = 4096 if flux else pixels_per_patch * transformer["pos_embed_max_size"]
     if args.resolution % pixels_per_patch or args.resolution > largest:
         raise BadInput(
             f"--resolution {args.resolution} must be a multiple of {pixels_per_patch} and at most {largest}"
         )
+    edits = any("source" in row for row in every_prompt.metadata)
+    if edits and configs["family"] != "FluxKontextPipeline":
+        raise BadInput(
+            f"--model {args.model} cannot edit the source images of --prompts: use a FLUX.1-Kontext"
+        )
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
     if args.lora_rank > width:
         raise BadInput(f"--lora-rank {args.lora_rank} must be at most {width}, the width of the transformer")
+    if flux and not transformer["guidance_embeds"]:
+        command_line.say(
+            f"warning: {args.model} is distilled for a few steps, as FLUX.1-schnell is. With the noise of "
+            "training its images turn blurry: train the model that it was distilled from"
+        )
 
 
 def open_device(device_name, dtype_name):
@@ -199,6 +227,10 @@ def open_device(device_name, dtype_name):
     use_cuda = torch.cuda.is_available() if device_name == "auto" else device_name == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise BadInput("--device cuda: there is no CUDA device here, use --device cpu")
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
+    num_gpus = torch.cuda.device_count()
+    if use_cuda and num_processes > num_gpus:
+        raise BadInput(f"{num_processes} processes on a machine with {num_gpus} GPUs: start one per GPU")
     device = torch.device("cpu")
     if use_cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -216,8 +248,10 @@ def load_model(args, device, dtype):
     reference is the base model for the KL: a frozen copy, or None where the LoRA can be switched off instead,
     or where beta is 0.
     """
-    no_t5 = {} if args.max_sequence_length else {"text_encoder_3": None, "tokenizer_3": None}
-    pipe = from_hub(StableDiffusion3Pipeline.from_pretrained, args.model, dtype=dtype, **no_t5).to(device)
+    left_out = {}
+    if args.max_sequence_length == 0:
+        left_out = {"text_encoder_3": None, "tokenizer_3": None}  # the T5 of SD3
+    pipe = from_hub(DiffusionPipeline.from_pretrained, args.model, dtype=dtype, **left_out).to(device)
     pipe.vae.float()
     transformer = pipe.transformer.requires_grad_(False)
     reference = None
@@ -239,6 +273,13 @@ def load_model(args, device, dtype):
             parameter.data = parameter.data.float()
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.compile:
+        for module in transformer.modules():
+            is_block = type(module).__name__ in transformer._no_split_modules
+            if is_block:  # they are compiled one by one, since they share their compiled code
+                module.compile()
+    if args.offload_text_encoders:
+        move_text_encoders(pipe, "cpu")
     return pipe, transformer.train(), reference  # train() is for checkpointing alone: there is no dropout
 
 
@@ -255,15 +296,36 @@ def base_weights(model, reference):
         model.enable_adapters()
 
 
+def is_flux(pipe):
+    """Whether this is FLUX.1 or FLUX.1-Kontext, and not SD3."""
+    return "Flux" in type(pipe).__name__
+
+
+def move_text_encoders(pipe, device):
+    """Moves the text encoders of a pipeline to a device."""
+    for name, component in pipe.components.items():
+        if name.startswith("text_encoder") and component is not None:
+            component.to(device)
+
+
 @torch.no_grad()
-def encode_prompts(pipe, prompts, max_sequence_length, cache):
-    """Embeddings (B, L, D) and pooled embeddings (B, D). A distinct prompt is encoded once, then cached."""
-    if len(cache) > 4096:  # bounds the CPU memory: with T5, a prompt of SD3.5 takes 1.7 MB
+def encode_prompts(pipe, prompts, max_sequence_length, cache, offload=False):
+    """Embeddings (B, L, D) and pooled embeddings (B, D). A distinct prompt is encoded once, then cached.
+
+    offload: whether the text encoders are on the CPU, and come to the device only for new prompts.
+    """
+    device = pipe.transformer.device
+    if len(cache) > 1024:  # bounds the CPU memory: a prompt takes 1.7 MB for SD3.5 with T5, 4.2 MB for FLUX.1
         cache.clear()
-    for prompt in prompts:
-        if prompt not in cache:
-            # One prompt at a time. In a batch, rounding would depend on which prompts share it, and a resumed
-            # run, whose cache starts empty, would share them differently.
+    new_prompts = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
+    if new_prompts and offload:
+        move_text_encoders(pipe, device)
+    for prompt in new_prompts:
+        # One prompt at a time. In a batch, rounding would depend on which prompts share it, and a resumed
+        # run, whose cache starts empty, would share them differently.
+        if is_flux(pipe):
+            embeds, pooled, _ = pipe.encode_prompt([prompt], max_sequence_length=max_sequence_length)
+        else:
             embeds, _, pooled, _ = pipe.encode_prompt(
                 [prompt],
                 None,
@@ -271,10 +333,33 @@ def encode_prompts(pipe, prompts, max_sequence_length, cache):
                 do_classifier_free_guidance=False,
                 max_sequence_length=max_sequence_length,
             )
-            cache[prompt] = embeds[0].cpu(), pooled[0].cpu()
+        cache[prompt] = embeds[0].cpu(), pooled[0].cpu()
+    if new_prompts and offload:
+        move_text_encoders(pipe, "cpu")
     embeds = torch.stack([cache[prompt][0] for prompt in prompts])
     pooled = torch.stack([cache[prompt][1] for prompt in prompts])
-    return embeds.to(pipe.device), pooled.to(pipe.device)
+    return embeds.to(device), pooled.to(device)
+
+
+@torch.no_grad()
+def encode_sources(pipe, metadata, resolution, cache):
+    """Latents (B, C, h, w) of the images that the rows ask to edit, or None where there are none.
+
+    The image of a row is cropped at its centre to a square of resolution x resolution pixels. Its latents are
+    the mode of the autoencoder's distribution, as in Kontext's own pipeline. An image is encoded once, then
+    cached.
+    """
+    if "source" not in metadata[0]:
+        return None
+    if len(cache) > 1024:  # bounds the CPU memory: a source of 1024 x 1024 pixels takes 1 MB
+        cache.clear()
+    for row in metadata:
+        if row["source"] not in cache:
+            image = load_source(row["source"], resolution).to(pipe.transformer.device)  # (3, H, W) in [0, 1]
+            latents = pipe.vae.encode(2 * image.unsqueeze(0) - 1).latent_dist.mode()
+            latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+            cache[row["source"]] = latents[0].cpu()
+    return torch.stack([cache[row["source"]] for row in metadata]).to(pipe.transformer.device)
 
 
 @torch.no_grad()
@@ -288,45 +373,106 @@ def decode(pipe, x_0):
 # === flow ===
 
 
-def get_sigmas(scheduler, num_inference_steps):
-    """The pipeline's own T + 1 times, from 1 down to 0, so that what is trained is what is deployed."""
-    scheduler.set_timesteps(num_inference_steps)
+class Conditions(NamedTuple):
+    """What the velocity of a batch depends on, besides x_t and t."""
+
+    embeds: torch.Tensor  # (B, L, D), of the tokens of the prompts
+    pooled: torch.Tensor  # (B, D), of the whole prompts
+    source: torch.Tensor | None = None  # (B, C, h, w), latents of the images to edit, for FLUX.1-Kontext
+
+
+def get_sigmas(scheduler, num_inference_steps, num_tokens=None):
+    """The pipeline's own T + 1 times, from 1 down to 0, so that what is trained is what is deployed.
+
+    num_tokens: for FLUX.1, the number of 2 x 2 patches of a latent. Larger images spend more steps near the
+    noise: a time s becomes e^mu / (e^mu + 1 / s - 1), where mu grows linearly with num_tokens.
+    """
+    if num_tokens is None:
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler.sigmas.tolist()
+    config = scheduler.config
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    mu = config.base_shift + slope * (num_tokens - config.base_image_seq_len)
+    times = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+    scheduler.set_timesteps(sigmas=times, mu=mu)
     return scheduler.sigmas.tolist()
 
 
-def predict_velocity(transformer, x_t, t, embeds, negative_embeds, guidance_scale):
-    """The velocity v(x_t, t, prompt), float32 (B, C, h, w).
+def predict_sd3_velocity(transformer, x_t, t, conditions, negative, guidance_scale):
+    """SD3's velocity v(x_t, t, prompt), float32 (B, C, h, w).
 
-    t: a number, or float64 (B,). embeds: as from `encode_prompts`. negative_embeds: the same of one negative
-    prompt. Above a scale of 1, classifier-free guidance v_negative + scale (v - v_negative) takes both in one
-    forward pass.
+    t: a number, or float64 (B,). negative: the Conditions of one negative prompt. Above a scale of 1,
+    classifier-free guidance v_negative + scale (v - v_negative) takes both in one forward pass.
     """
-    prompt_embeds, pooled = embeds
+    embeds, pooled, _ = conditions
     timestep = torch.as_tensor(1000 * t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
     if guidance_scale > 1:
-        negative_prompt_embeds, negative_pooled = negative_embeds
         x_t = torch.cat([x_t, x_t])
         timestep = torch.cat([timestep, timestep])
-        prompt_embeds = torch.cat([negative_prompt_embeds.expand_as(prompt_embeds), prompt_embeds])
-        pooled = torch.cat([negative_pooled.expand_as(pooled), pooled])
-    dtype = prompt_embeds.dtype
-    with torch.autocast(x_t.device.type, dtype, enabled=dtype != torch.float32):
+        embeds = torch.cat([negative.embeds.expand_as(embeds), embeds])
+        pooled = torch.cat([negative.pooled.expand_as(pooled), pooled])
+    with torch.autocast(x_t.device.type, embeds.dtype, enabled=embeds.dtype != torch.float32):
         velocity = transformer(
-            hidden_states=x_t.to(dtype),
+            hidden_states=x_t.to(embeds.dtype),
             timestep=timestep,
-            encoder_hidden_states=prompt_embeds,
+            encoder_hidden_states=embeds,
             pooled_projections=pooled,
         ).sample.float()
     if guidance_scale > 1:
-        negative, positive = velocity.chunk(2)
-        velocity = negative + guidance_scale * (positive - negative)
+        negative_velocity, positive_velocity = velocity.chunk(2)
+        velocity = negative_velocity + guidance_scale * (positive_velocity - negative_velocity)
     return velocity
+
+
+def predict_flux_velocity(transformer, x_t, t, conditions, negative, guidance_scale):
+    """FLUX.1's velocity v(x_t, t, prompt, source), float32 (B, C, h, w). Arguments: `predict_sd3_velocity`.
+
+    Guidance was distilled into the network: its scale is an input, and there is no negative prompt. A token
+    is a 2 x 2 patch of a latent. Kontext reads the source as further tokens, whose outputs are not used.
+    """
+    embeds, pooled, source = conditions
+    rows, columns = x_t.shape[2] // 2, x_t.shape[3] // 2
+    tokens = pack_latents(x_t)
+    positions = token_positions(0, rows, columns)
+    if source is not None:
+        tokens = torch.cat([tokens, pack_latents(source)], dim=1)
+        positions = torch.cat([positions, token_positions(1, rows, columns)])
+    timestep = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
+    guidance = None
+    if transformer.config.guidance_embeds:
+        guidance = torch.full((len(x_t),), guidance_scale, device=x_t.device)
+    with torch.autocast(x_t.device.type, embeds.dtype, enabled=embeds.dtype != torch.float32):
+        velocity = transformer(
+            hidden_states=tokens.to(embeds.dtype),
+            timestep=timestep,  # in [0, 1]; SD3 wants it times 1000
+            guidance=guidance,
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+            img_ids=positions.to(x_t.device),
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=x_t.device),
+        ).sample.float()
+    velocity = velocity[:, : rows * columns]  # of the image alone, without the source
+    return rearrange(velocity, "b (r s) (c p q) -> b c (r p) (s q)", r=rows, s=columns, p=2, q=2)
+
+
+def pack_latents(latents):
+    """Latents (B, C, h, w) -> FLUX.1's tokens (B, h/2 * w/2, 4 C), one for each 2 x 2 patch."""
+    return rearrange(latents, "b c (r p) (s q) -> b (r s) (c p q)", p=2, q=2)
+
+
+def token_positions(image, rows, columns):
+    """Where the tokens of an image are: (rows * columns, 3) of image number, row and column."""
+    positions = torch.zeros(rows, columns, 3)
+    positions[:, :, 0] = image  # 0 is the image that is sampled, 1 the source
+    positions[:, :, 1] = torch.arange(rows).unsqueeze(1)
+    positions[:, :, 2] = torch.arange(columns)
+    return positions.view(rows * columns, 3)
 
 
 def step_mean_std(x_t, velocity, sigmas, i, noise_level, sde_type):
     """Mean (B, C, h, w) and standard deviation (a number) of step i, from t = sigmas[i] to t' = sigmas[i+1].
 
-    flow, the SDE of the paper (arXiv 2505.05470): an Euler-Maruyama step with dt = t - t' > 0. Its marginals
+    flow, the SDE of Flow-GRPO (arXiv 2505.05470): an Euler-Maruyama step with dt = t - t' > 0. Its marginals
     are those of the ODE: the noise explores, and the terms with sigma_t^2 pull back what it adds.
         sigma_t = a sqrt(t / (1 - t)),   std = sigma_t sqrt(dt)
         mean = x_t (1 - sigma_t^2 dt / (2 t)) - v (1 + sigma_t^2 (1 - t) / (2 t)) dt
@@ -345,7 +491,7 @@ def step_mean_std(x_t, velocity, sigmas, i, noise_level, sde_type):
         x_1 = x_t + (1 - t) * velocity
         mean = (1 - t_next) * x_0 + t_next * math.cos(angle) * x_1
         return mean, t_next * math.sin(angle)
-    # sigma_t diverges at t = 1. In the first step the denominator uses t' instead, as in the official code,
+    # sigma_t diverges at t = 1. In the first step the denominator uses t' instead, as in Flow-GRPO's code,
     # which makes its std equal to a.
     denominator = 1 - t_next if i == 0 else 1 - t
     variance = noise_level**2 * t / denominator
@@ -357,7 +503,7 @@ def log_prob(x_next, mean, std):
     """Gaussian log-density of a step, the MEAN over the elements (C, h, w) of a latent: (B,).
 
     For each element, log N(x; mean, std^2) = -(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2. As in DDPO
-    and the official code it is not summed: a sum over 65,536 elements would leave any clip range at once.
+    and Flow-GRPO's code it is not summed: a sum over 65,536 elements would leave any clip range at once.
     """
     density = -((x_next - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)
@@ -366,7 +512,7 @@ def log_prob(x_next, mean, std):
 def gaussian_kl(mean, reference_mean, std):
     """KL divergence of two steps with equal std, the mean over the elements of a latent: (B,).
 
-    KL = (mean - reference_mean)^2 / (2 std^2), the paper's closed form: how far the policy has moved from
+    KL = (mean - reference_mean)^2 / (2 std^2), Flow-GRPO's closed form: how far the policy has moved from
     the base model, in units of the step's noise.
     """
     return ((mean - reference_mean) ** 2).flatten(1).mean(1) / (2 * std**2)
@@ -535,10 +681,18 @@ def add_to(totals, values):
 
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes of the run."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+    """Replaces each tensor by its sum over all processes of the run.
+
+    64 tensors share a collective call: one call for each of a LoRA's many small gradients would take longer.
+    """
+    if not dist.is_initialized():
+        return
+    for start in range(0, len(tensors), 64):
+        bucket = tensors[start : start + 64]
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat)
+        for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
+            tensor.copy_(total.view_as(tensor))
 
 
 # === checkpoint ===
@@ -549,22 +703,23 @@ def trained_parameters(model):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_checkpoint(run_dir, transformer, optimizer, progress):
+def save_checkpoint(run_dir, pipe, optimizer, progress):
     """Writes checkpoint/, to resume from, and exports the trained weights."""
-    weights = {name: parameter.detach() for name, parameter in trained_parameters(transformer).items()}
+    weights = {name: parameter.detach() for name, parameter in trained_parameters(pipe.transformer).items()}
     state = {"progress": progress, "weights": weights, "optimizer": optimizer.state_dict()}
     report.write_checkpoint(run_dir, state)
-    export_transformer(run_dir, transformer)
+    export_transformer(run_dir, pipe)
 
 
-def export_transformer(run_dir, transformer):
+def export_transformer(run_dir, pipe):
     """Writes the trained weights for plain diffusers: lora/ is for load_lora_weights, transformer/ for
     from_pretrained."""
+    transformer = pipe.transformer
     if hasattr(transformer, "peft_config"):
         with report.replace_folder(run_dir / "lora") as folder:
             # Without this metadata diffusers loads the LoRA with alpha = rank: other images, and no error.
             config = transformer.peft_config["default"].to_dict()
-            StableDiffusion3Pipeline.save_lora_weights(
+            pipe.save_lora_weights(
                 folder,
                 get_peft_model_state_dict(transformer),
                 transformer_lora_adapter_metadata=config,
@@ -592,10 +747,10 @@ def train(args):
     """Runs or resumes an experiment; returns the run's folder."""
     args, run_dir = report.open_run(args, __file__)
     check_args(args)
-    check_model(args)
     prompt_files = load_prompt_files(args.prompts, args.eval_prompts)
-    device, dtype, rank, world_size = open_device(args.device, args.dtype)
     every_prompt = join_prompt_files(prompt_files.values())
+    check_model(args, every_prompt)
+    device, dtype, rank, world_size = open_device(args.device, args.dtype)
     reward = rewards.build(args.rewards, every_prompt.prompts, every_prompt.metadata, device)
     train_file = prompt_files.pop("train")
 
@@ -603,22 +758,41 @@ def train(args):
     pipe, transformer, reference = load_model(args, device, dtype)
     parameters = list(trained_parameters(transformer).values())
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=1e-4)
-    sigmas = get_sigmas(pipe.scheduler, args.num_inference_steps)
-    eval_sigmas = get_sigmas(pipe.scheduler, args.eval_num_inference_steps)
-    side = args.resolution // pipe.vae_scale_factor or transformer.config.sample_size
-    latent_shape = (transformer.config.in_channels, side, side)  # (C, h, w)
-    embeds_cache = {}
-    negative_embeds = encode_prompts(pipe, [""], args.max_sequence_length, embeds_cache)
+    resolution = args.resolution or pipe.vae.config.sample_size
+    side = resolution // pipe.vae_scale_factor
+    latent_shape = (pipe.vae.config.latent_channels, side, side)  # (C, h, w)
+    num_tokens = side * side // 4 if is_flux(pipe) else None
+    sigmas = get_sigmas(pipe.scheduler, args.num_inference_steps, num_tokens)
+    eval_sigmas = get_sigmas(pipe.scheduler, args.eval_num_inference_steps, num_tokens)
+    predict_velocity = predict_flux_velocity if is_flux(pipe) else predict_sd3_velocity
+    prompt_cache, source_cache = {}, {}
 
-    def velocity_for(prompts, network=transformer):
-        """A function (x_t, t) -> velocity, for a batch with these prompts."""
-        embeds = encode_prompts(pipe, prompts, args.max_sequence_length, embeds_cache)
-        return lambda x_t, t: predict_velocity(network, x_t, t, embeds, negative_embeds, args.guidance_scale)
+    def conditions_for(prompts, metadata):
+        """The Conditions of a batch of these rows."""
+        embeds, pooled = encode_prompts(
+            pipe, prompts, args.max_sequence_length, prompt_cache, args.offload_text_encoders
+        )
+        return Conditions(embeds, pooled, encode_sources(pipe, metadata, resolution, source_cache))
 
-    def sample_for_evaluation(prompts, rows):
-        """Samples by the ODE, for some rows of a file. A row's initial noise is the same in every run."""
-        noise = draw_noise(rows, 1, latent_shape, seed=0, iteration=0).to(device)
-        x_0, _ = rollout(velocity_for(prompts), noise, eval_sigmas, (), 0.0, "flow")
+    negative = conditions_for([""], [{}])
+
+    def velocity_for(prompts, metadata, network=transformer):
+        """A function (x_t, t) -> velocity, for a batch of these rows."""
+        conditions = conditions_for(prompts, metadata)
+
+        def velocity_at(x_t, t):
+            # Code compiled for inference may round differently from code compiled for training, and the first
+            # ratio would not be exactly 1. So compiled blocks run as in training, also in a rollout.
+            with torch.set_grad_enabled(torch.is_grad_enabled() or args.compile):
+                velocity = predict_velocity(network, x_t, t, conditions, negative, args.guidance_scale)
+            return velocity if torch.is_grad_enabled() else velocity.detach()
+
+        return velocity_at
+
+    def sample_for_evaluation(prompts, metadata, numbers):
+        """Samples by the ODE, for rows with these numbers. A row's initial noise is the same in every run."""
+        noise = draw_noise(numbers, 1, latent_shape, seed=0, iteration=0).to(device)
+        x_0, _ = rollout(velocity_for(prompts, metadata), noise, eval_sigmas, (), 0.0, "flow")
         return report.Samples(decode(pipe, x_0), captions=prompts)
 
     P = args.num_prompts_per_iteration
@@ -633,7 +807,7 @@ def train(args):
         progress = load_checkpoint(run_dir, transformer, optimizer)
     log = report.Log(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
     if args.resume and rank == 0:
-        export_transformer(run_dir, transformer)  # a kill may have left an older export
+        export_transformer(run_dir, pipe)  # a kill may have left an older export
     for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):  # 0 evaluates the base model
         metrics = {"iteration": iteration, "charts/num_images": iteration * P * K}
         clock = report.Clock(device)
@@ -651,7 +825,7 @@ def train(args):
             for slices in tqdm(updates, desc="sample", leave=False, disable=None):
                 micro_batches = []
                 for images in slices:
-                    velocity_at = velocity_for(prompts[images])
+                    velocity_at = velocity_for(prompts[images], metadata[images])
                     x_0, trained_steps = rollout(
                         velocity_at, noise[images].to(device), sigmas, window, args.noise_level, args.sde_type
                     )
@@ -676,7 +850,7 @@ def train(args):
                 totals = {}
                 for images, trained_steps in micro_batches:
                     A = advantages[images]
-                    velocity_at = velocity_for(prompts[images])
+                    velocity_at = velocity_for(prompts[images], metadata[images])
                     for old in trained_steps:
                         # 5. The log-probability of the sampled step, under the policy as it is now.
                         t = sigmas[old.index]
@@ -693,7 +867,9 @@ def train(args):
                         kl = torch.zeros_like(A)
                         if args.kl_coef > 0:
                             with torch.no_grad(), base_weights(transformer, reference) as network:
-                                ref_velocity = velocity_for(prompts[images], network)(old.x_t, t)
+                                ref_velocity = velocity_for(prompts[images], metadata[images], network)(
+                                    old.x_t, t
+                                )
                             ref_mean, _ = step_mean_std(
                                 old.x_t, ref_velocity, sigmas, old.index, args.noise_level, args.sde_type
                             )
@@ -728,7 +904,7 @@ def train(args):
         if rank == 0:
             log.write(metrics | clock.metrics(P * K), evaluations)
             if iteration % args.save_every == 0 or is_last:
-                save_checkpoint(run_dir, transformer, optimizer, {"iteration": iteration})
+                save_checkpoint(run_dir, pipe, optimizer, {"iteration": iteration})
     if rank == 0:
         log.close()
     if world_size > 1:

@@ -1,445 +1,1080 @@
-"""PromptRL: a language model rewrites prompts, trained jointly with the flow model and from the same rewards.
+"""PromptRL: a language model rewrites prompts, trained together with the flow model and on the same rewards.
 
 Paper: Wang et al. 2026, arXiv 2602.01382v1. Official code: G-U-N/UniRL (read for facts, nothing copied).
-Derived from: flow_grpo.py (read `diff flow_grpo.py promptrl.py`).
+Derived from: flow_grpo.py, whose functions it has unchanged. Read that file first.
 
-One iteration:
- 1. draw P prompts; all but the last m of a group's K images get a rewrite     draw_prompts, rewrite
- 2. sample with an SDE in the first W steps, its own noise for every image     draw_noise, rollout
- 3. score against the original prompt; a well-formed rewrite earns more        rewards/, add_format_reward
- 4. advantage = z-score over the group, originals and rewrites together        group_advantages
- 5. language model: policy gradient on the rewrites' tokens, less a KL         reply_log_probs, lm_objective
- 6. flow model: Flow-GRPO's clipped objective on all images                    clipped_loss, gaussian_kl
- 7. one optimiser step for both, on-policy; no gradient crosses: a frozen encoder reads the rewrite
+One iteration; the numbers are those of the comments in `train`:
+ 1. Draw P prompts, K images for each. A language model rewrites the prompt of every image of a group but
+    the last ones, which are drawn from the prompt itself.                    draw_prompts, rewrite
+ 2. Sample with an SDE in the first W steps. Every image has its own noise.   draw_noise, rollout
+ 3. Score the images against the original prompt, never against the rewrite.  rewards/
+ 4. Reward = that score, plus one if the rewrite is well-formed: Eq. (1). Advantage = the z-score over the
+    group, originals and rewrites together.             add_format_reward, group_advantages
+ 5. Language model: policy gradient on the tokens of the rewrites, plus a KL penalty to the model before
+    training.                                           reply_losses, reply_objective
+ 6. Flow model: Flow-GRPO's clipped objective and its KL, on all images.      clipped_loss, gaussian_kl
+ 7. Take one optimiser step with both models, so that all is on-policy. No gradient crosses from one model to
+    the other: a frozen text encoder reads the rewrite.
 
 Differences from the paper and its code:
- 1. Originals are kept (m = 2), as in the paper; the released text-to-image trainer has rewrites only.
- 2. Tokens come from the full softmax, whose log-probabilities are trained; the code samples from the best 50.
- 3. An empty answer is ill-formed. One --instruction serves all rewards; the code has one for each.
- 4. Learning rates are annealed, each model's gradient is clipped by itself, SD3 stands in for FLUX.
-Switches: --num-original-prompts K: flow-only; --trained lm or flow: the other model is frozen.
+ 1. Originals are kept, as in the paper. The released text-to-image trainer has rewrites only.
+ 2. Tokens are sampled from the full softmax, whose log-probabilities are trained. The code samples from the
+    50 likeliest tokens.
+ 3. An empty answer is ill-formed; the code counts it as well-formed. One --instruction serves all rewards;
+    the code has one for each.
+ 4. The gradient of each model is clipped to --max-grad-norm. The code does not clip.
+ 5. Weight decay is 1e-4 instead of 0. The defaults, made for the tiny world, have 256 images per iteration
+    instead of 64, a = 0.7 instead of 0.8, and no KL of the flow model instead of beta = 4e-3.
+ 6. The last step is an ODE step. The language model does not see the image that is to be edited.
 
-Run (with real weights: not run, not measured):
+Two biases are kept as published. A reply's loss is divided by its number of tokens, so that a token of a long
+reply weighs less. The mean of a group includes the image itself, which shrinks the gradient by (K - 1) / K.
+
+Run (time and memory: docs/promptrl.md; the commands for real models were not run with real weights):
   python promptrl.py                                         # the tiny world: 1.1 GB, 7 minutes on one core
-  torchrun --nproc_per_node=8 promptrl.py --model stabilityai/stable-diffusion-3.5-medium --lora-rank 32 \\
-      --lm Qwen/Qwen2.5-VL-3B-Instruct --lm-lora-rank 32 ...              # more flags: docs/promptrl.md
-Conventions: t in [0, 1], t = 1 is noise; x_t = (1 - t) x_0 + t eps; v = eps - x_0; sampling runs from 1 to 0.
+  python promptrl.py --model stabilityai/stable-diffusion-3.5-medium --max-sequence-length 256 \\
+      --lm Qwen/Qwen2.5-VL-3B-Instruct --max-new-tokens 512 --resolution 512 \\
+      --rewards ocr --prompts ocr/train.txt --eval-prompts ocr/test.txt \\
+      --lora-rank 32 --learning-rate 3e-4 --lm-lora-rank 32 --lm-learning-rate 1e-5 \\
+      --kl-coef 4e-3 --lm-kl-coef 0.01 --clip-range 1e-4 --guidance-scale 4.5 --noise-level 0.8 \\
+      --num-inference-steps 20 --sde-window 0 --eval-num-inference-steps 20 --num-iterations 781 \\
+      --num-prompts-per-iteration 8 --num-images-per-prompt 8 --num-original-prompts 2 \\
+      --micro-batch-size 8 --eval-every 50 --save-every 50 --gradient-checkpointing
+  torchrun --nproc_per_node=8 promptrl.py ... --lora-rank 0 --learning-rate 3e-7 \\
+      --lm-lora-rank 0 --lm-learning-rate 1e-6
+
+The last command has the paper's settings for OCR: all weights are trained. By our estimate that takes 110 GB
+per GPU. The rates of the LoRAs are our choice.
+
+Conventions, the same in all five files:
+  Time t runs from 1 (noise) to 0 (image), and x_t = (1 - t) x_0 + t noise.
+  The velocity is v = noise - x_0, so an Euler step from t to t' < t is x_t + (t' - t) v.
+Letters, the same in all five files:
+  P prompts per iteration, K images per prompt (of the largest group), B images in a batch,
+  T denoising steps, W trained steps, U updates per rollout, N new tokens of a reply,
+  C channels, h and w height and width of a latent, H and W those of an image, L tokens, D embedding size,
+  a = noise_level, beta = kl_coef, eps = clip_range, rho a probability ratio, A an advantage.
 """
 
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
+import os
 import re
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no notes about optional packages
 
 import numpy as np
 import torch
-import tyro
-from diffusers import StableDiffusion3Pipeline
+import torch.distributed as dist
+from diffusers import DiffusionPipeline
+from einops import rearrange
 from peft import LoraConfig, get_peft_model_state_dict
 from tqdm import tqdm
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 import rewards
 from rewards import BadInput, command_line, report
-from rewards.prompts import load_prompt_files
-from rewards.report.evaluation import evaluate, gather
-from rewards.weights import from_hub
+from rewards.command_line import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed
+from rewards.prompts import join_prompt_files, load_prompt_files
+from rewards.sources import load_source
+from rewards.weights import from_hub, read_config, read_pipeline_configs
 
 
 @dataclasses.dataclass
 class Args:
-    seed: int = 1  # of the prompts' order and of every noise; on the CPU a run repeats bit for bit
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen weights and of the forward passes
-    output_dir: str = "runs"  # where the run's folder is made
-    resume: str = ""  # a run's folder to go on with, exactly; all other flags are then read from it
-    eval_every: int = 5  # iterations between evaluations
-    save_every: int = 16  # iterations between checkpoints
-    track: bool = False  # mirror the metrics to Weights & Biases
-    wandb_project_name: str = "flow-rl"  # the W&B project
-    wandb_entity: str | None = None  # the W&B team or user
-    # models and data
-    model: str = "tiny/sd3"  # a diffusers pipeline of a supported family: a folder or a hub id
-    lm: str = "tiny/vlm"  # the language model, a Qwen2.5-VL: a transformers folder or a hub id
+    seed: Seed = 1
+    """Seeds the prompt order and all noise. CPU runs are bit-for-bit reproducible."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: on CUDA if there is a CUDA device."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of frozen weights and forward passes. auto: bfloat16 on CUDA, float32 on the CPU."""
+    output_dir: str = "runs"
+    """Folder in which the run's own folder is made."""
+    resume: str = ""
+    """Run folder to resume from; all other flags are then read from that run."""
+    resume_anyway: bool = False
+    """Resume even if the script, the prompt files or the model have changed since the run began."""
+    eval_every: PositiveInt = 5
+    """Iterations between evaluations."""
+    save_every: PositiveInt = 16
+    """Iterations between checkpoints."""
+    track: bool = False
+    """Mirror the metrics to Weights & Biases."""
+    wandb_project_name: str = "flow-rl"
+    """Weights & Biases project."""
+    wandb_entity: str | None = None
+    """Weights & Biases team or user."""
+
+    # Model and data
+    model: str = "tiny/sd3"
+    """Image model: a diffusers pipeline of SD3, FLUX.1 or FLUX.1-Kontext, as a folder or a hub id."""
+    lm: str = "tiny/vlm"
+    """Language model that rewrites prompts: a Qwen2.5-VL, as a transformers folder or a hub id."""
     instruction: str = "Improve this image prompt: {prompt}. Answer inside <answer> </answer>."
-    """What the rewriter is asked, with {prompt} in it; the same in training and evaluation."""
-    resolution: int = 0  # side of the images in pixels; 0: the model's own
-    max_sequence_length: int = 0  # T5 tokens per prompt (SD3.5: 128); 0 leaves T5 out (tiny/sd3 has none)
-    lora_rank: int = 0  # of the LoRA that is trained, alpha is twice that; 0 trains all weights
-    lm_lora_rank: int = 0  # of the language model's LoRA; 0 trains all its text weights
-    gradient_checkpointing: bool = False  # recompute activations: far less memory, about a third more time
-    prompts: str = "tiny/prompts/train.jsonl"  # .txt, a prompt a line, or .jsonl with metadata
-    eval_prompts: str = ""  # held-out prompts; empty: the --prompts file with `train` replaced by `eval`
-    rewards: str = "geneval"  # names with optional weights, such as geneval:1,jpeg:0.2
-    # sampling
-    num_prompts_per_iteration: int = 32  # P, over all processes
-    num_images_per_prompt: int = 8  # K, the size of a group
-    num_original_prompts: int = 2  # m, images of a group made from the prompt itself; K: no rewrites at all
-    max_new_tokens: int = 32  # N, longest reply of the language model
-    num_inference_steps: int = 8  # T, denoising steps of a training sample; fewer than at evaluation is fine
-    eval_num_inference_steps: int = 10  # denoising steps of an evaluation sample
-    guidance_scale: float = 1.0  # classifier-free, in sampling, loss and evaluation; 1: none, half the cost
-    noise_level: float = 0.7  # a, strength of the SDE's noise
-    sde_type: Literal["flow", "cps"] = "flow"  # the paper's SDE, or CPS (2509.05952)
-    sde_window: int = 4  # W, steps with noise and training, in the noisy half; 0: all but the last
-    micro_batch_size: int = 64  # images per forward pass: memory and speed, not the result
-    # algorithm
-    trained: Literal["both", "flow", "lm"] = "both"  # the other is frozen; "flow" still samples rewrites
-    format_coef: float = 1.0  # reward of a well-formed answer, beside the image's
-    clip_range: float = 1e-3  # of the ratio; small, since log-probabilities are means over a latent
-    kl_coef: float = 0.0  # beta, weight of the KL to the base model; a forward pass per trained step
-    lm_kl_coef: float = 0.01  # weight of the language model's KL to itself before training
-    # optimisation
-    num_iterations: int = 20  # rollouts
-    learning_rate: float = 6e-4  # AdamW's, annealed linearly to zero over the run
-    lm_learning_rate: float = 1e-3  # the language model's
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    """What the language model is asked. {prompt} stands for the prompt."""
+    resolution: NonNegativeInt = 0
+    """Side of the square images, in pixels. 0: the model's own."""
+    max_sequence_length: Annotated[int, Range(0, 512)] = 0
+    """Length of a prompt in T5 tokens, padding included: 256 at most for SD3.5, 512 for FLUX.1, which draws
+    another image at another length. 0: leave T5 out (tiny/sd3 has none; FLUX.1 needs it)."""
+    lora_rank: Annotated[int, Range(0, 1024)] = 0
+    """Rank of the LoRA of the flow model; its alpha is twice the rank. 0: train all weights."""
+    lm_lora_rank: Annotated[int, Range(0, 1024)] = 0
+    """Rank of the LoRA of the language model; its alpha is twice the rank. 0: train all weights that read and
+    write text."""
+    gradient_checkpointing: bool = False
+    """Recompute activations of the flow model in the backward pass: much less memory, about a third more
+    time."""
+    offload_text_encoders: bool = False
+    """Keep the text encoders on the GPU only while they encode: frees up to 11 GB, costs up to a second per
+    iteration with new prompts."""
+    compile: bool = False
+    """Compile the blocks of the transformer: faster, after a minute or more. Needs a C compiler."""
+    prompts: str = "tiny/prompts/train.jsonl"
+    """Training prompts: a .txt with one prompt per line, or a .jsonl with "prompt" and metadata per line."""
+    eval_prompts: str = ""
+    """Held-out prompts. Empty: the --prompts file with `train` in its name replaced by `eval`."""
+    rewards: str = "geneval"
+    """Rewards with optional weights, such as geneval:1,jpeg:0.2."""
+
+    # Sampling
+    num_prompts_per_iteration: PositiveInt = 32
+    """P, prompts per iteration, over all processes."""
+    num_images_per_prompt: Annotated[int, Range(2, 10_000)] = 8
+    """K, images per prompt: the size of a group."""
+    num_original_prompts: NonNegativeInt = 2
+    """How many images of a group are drawn from the prompt itself; each of the others gets its own rewrite.
+    If it equals --num-images-per-prompt, no language model is loaded."""
+    max_new_tokens: Annotated[int, Range(1, 4096)] = 32
+    """N, the largest number of tokens of a reply of the language model."""
+    num_inference_steps: Annotated[int, Range(2, 1000)] = 8
+    """T, denoising steps of a training sample. It may be lower than in the evaluation."""
+    eval_num_inference_steps: Annotated[int, Range(1, 1000)] = 10
+    """Denoising steps of an evaluation sample."""
+    guidance_scale: Annotated[float, Range(0, 100)] = 1.0
+    """Guidance in sampling, loss and evaluation. SD3: classifier-free; up to 1: none, at half the cost.
+    FLUX.1: an input of the network, usually 3.5 (Kontext: 2.5)."""
+    noise_level: Annotated[float, Range(0.001, 2)] = 0.7
+    """a, the strength of the noise in stochastic steps."""
+    sde_type: Literal["flow", "cps"] = "flow"
+    """Stochastic sampler: flow is Flow-GRPO's SDE, cps is CPS (arXiv 2509.05952)."""
+    sde_window: Annotated[int, Range(0, 999)] = 4
+    """W, how many of the first steps are stochastic and trained. 0: all steps but the last."""
+    micro_batch_size: PositiveInt = 64
+    """Images per forward pass. Sets memory and speed; does not change the result."""
+
+    # Algorithm
+    trained: Literal["both", "flow", "lm"] = "both"
+    """Which model is trained; the other one is frozen. A frozen language model still rewrites."""
+    format_coef: NonNegativeFloat = 1.0
+    """Reward of a well-formed reply, one with a text between <answer> tags, on top of that of the image."""
+    clip_range: Annotated[float, Range(0, 1, above_low=True)] = 1e-3
+    """eps, PPO's clip range for the flow model. Tiny because log-probabilities are averaged over the latent,
+    not summed."""
+    kl_coef: NonNegativeFloat = 0.0
+    """beta, weight of the flow model's KL penalty to the base model. Above 0 it costs a forward pass per
+    trained step."""
+    lm_kl_coef: NonNegativeFloat = 0.01
+    """Weight of the language model's KL penalty to itself before training."""
+
+    # Optimisation
+    num_iterations: NonNegativeInt = 20
+    """Iterations, each with one rollout and one optimiser step."""
+    learning_rate: Annotated[float, Range(0, 1)] = 6e-4
+    """Learning rate of AdamW for the flow model, annealed linearly to zero over the run."""
+    lm_learning_rate: Annotated[float, Range(0, 1)] = 1e-3
+    """Learning rate of AdamW for the language model, annealed in the same way."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients with a larger norm are scaled down to this norm, for each model by itself."""
+
+
+def check_args(args):
+    """Raises BadInput where flags contradict each other. Their ranges stand beside them, in Args."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.num_prompts_per_iteration % world_size:
+        raise BadInput(
+            f"--num-prompts-per-iteration {args.num_prompts_per_iteration} must be a multiple of "
+            f"{world_size}, the number of processes"
+        )
+    if args.num_prompts_per_iteration * args.num_images_per_prompt > 1_000_000:
+        raise BadInput("--num-prompts-per-iteration times --num-images-per-prompt must be at most 1,000,000")
+    if args.sde_window >= args.num_inference_steps:
+        raise BadInput(f"--sde-window {args.sde_window} must be below --num-inference-steps")
+    if args.sde_type == "cps" and args.noise_level > 1:
+        raise BadInput("--noise-level must be at most 1 with --sde-type cps: at 1 all noise is drawn anew")
+    if args.num_original_prompts > args.num_images_per_prompt:
+        raise BadInput(
+            f"--num-original-prompts {args.num_original_prompts} must be at most --num-images-per-prompt, "
+            f"{args.num_images_per_prompt}"
+        )
+    if args.trained == "lm" and args.num_original_prompts == args.num_images_per_prompt:
+        raise BadInput("--num-original-prompts must be below --num-images-per-prompt with --trained lm")
+    if "{prompt}" not in args.instruction:
+        raise BadInput("--instruction must have {prompt} in it, where the prompt goes")
 
 
 # === model ===
 
 
-def load_model(args, device, dtype):
-    """(pipeline, transformer, reference). What is trained, LoRA or all weights, requires grad and is float32.
+def check_model(args, every_prompt):
+    """Raises BadInput where the model's configurations do not fit the flags or prompts. Loads no weights."""
+    configs = read_pipeline_configs(args.model)
+    families = ["StableDiffusion3Pipeline", "FluxPipeline", "FluxKontextPipeline"]
+    if configs["family"] not in families:
+        raise BadInput(f"--model {args.model} is a {configs['family']}; supported: {', '.join(families)}")
+    flux = configs["family"] != "StableDiffusion3Pipeline"
+    scheduler, transformer = configs["scheduler"], configs["transformer"]
+    if scheduler["_class_name"] != "FlowMatchEulerDiscreteScheduler":
+        raise BadInput(f"--model {args.model} has a {scheduler['_class_name']}; steps must be Euler's")
+    if scheduler.get("use_dynamic_shifting") and not flux:
+        raise BadInput(
+            f"--model {args.model} shifts its times dynamically, which is supported for FLUX.1 only"
+        )
+    if flux and args.max_sequence_length == 0:
+        raise BadInput("--max-sequence-length must be above 0, usually 512: FLUX.1 reads its prompts with T5")
+    if args.max_sequence_length > 0 and not flux and "text_encoder_3" not in configs:
+        raise BadInput(f"--max-sequence-length must be 0: {args.model} has no T5 encoder")
+    patch_size = 2 if flux else transformer["patch_size"]  # in latents
+    pixels_per_patch = patch_size * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    largest = 4096 if flux else pixels_per_patch * transformer["pos_embed_max_size"]
+    if args.resolution % pixels_per_patch or args.resolution > largest:
+        raise BadInput(
+            f"--resolution {args.resolution} must be a multiple of {pixels_per_patch} and at most {largest}"
+        )
+    edits = any("source" in row for row in every_prompt.metadata)
+    if edits and configs["family"] != "FluxKontextPipeline":
+        raise BadInput(
+            f"--model {args.model} cannot edit the source images of --prompts: use a FLUX.1-Kontext"
+        )
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    if args.lora_rank > width:
+        raise BadInput(f"--lora-rank {args.lora_rank} must be at most {width}, the width of the transformer")
+    if flux and not transformer["guidance_embeds"]:
+        command_line.say(
+            f"warning: {args.model} is distilled for a few steps, as FLUX.1-schnell is. With the noise of "
+            "training its images turn blurry: train the model that it was distilled from"
+        )
 
-    reference is the KL's base model: a frozen copy, or None where the LoRA can be switched off or beta is 0.
+
+def check_lm(args):
+    """Raises BadInput where the language model's configuration does not fit the flags. Loads no weights."""
+    config = read_config(args.lm, "config.json")
+    if config["model_type"] != "qwen2_5_vl":
+        raise BadInput(f"--lm {args.lm} is a {config['model_type']}; supported: qwen2_5_vl, a Qwen2.5-VL")
+    text_config = config.get("text_config", config)  # older files have its entries at the top
+    try:
+        width = int(text_config["hidden_size"])
+        positions = int(text_config["max_position_embeddings"])
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(f"--lm {args.lm}: its config.json lacks the model's sizes") from None
+    if args.lm_lora_rank > width:
+        raise BadInput(f"--lm-lora-rank {args.lm_lora_rank} must be at most {width}, the width of {args.lm}")
+    if args.max_new_tokens >= positions:
+        raise BadInput(
+            f"--max-new-tokens {args.max_new_tokens} must be below {positions}, the positions of {args.lm}"
+        )
+
+
+def open_device(device_name, dtype_name):
+    """(device, dtype of frozen weights, rank, number of processes); joins torchrun's process group."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    use_cuda = torch.cuda.is_available() if device_name == "auto" else device_name == "cuda"
+    if use_cuda and not torch.cuda.is_available():
+        raise BadInput("--device cuda: there is no CUDA device here, use --device cpu")
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
+    num_gpus = torch.cuda.device_count()
+    if use_cuda and num_processes > num_gpus:
+        raise BadInput(f"{num_processes} processes on a machine with {num_gpus} GPUs: start one per GPU")
+    device = torch.device("cpu")
+    if use_cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)  # collectives of objects use the current device, not the tensors'
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if use_cuda else "gloo")
+    if dtype_name == "auto":
+        dtype_name = "bfloat16" if use_cuda else "float32"
+    return device, getattr(torch, dtype_name), rank, world_size
+
+
+def load_model(args, device, dtype):
+    """(pipeline, transformer, reference). Trainable parameters (LoRA or all) are float32 and require grad.
+
+    reference is the base model for the KL: a frozen copy, or None where the LoRA can be switched off instead,
+    or where beta is 0.
     """
-    no_t5 = {} if args.max_sequence_length else {"text_encoder_3": None, "tokenizer_3": None}
-    pipe = StableDiffusion3Pipeline.from_pretrained(args.model, dtype=dtype, **no_t5).to(device)
+    left_out = {}
+    if args.max_sequence_length == 0:
+        left_out = {"text_encoder_3": None, "tokenizer_3": None}  # the T5 of SD3
+    pipe = from_hub(DiffusionPipeline.from_pretrained, args.model, dtype=dtype, **left_out).to(device)
     pipe.vae.float()
-    transformer, reference = pipe.transformer.requires_grad_(False), None
+    transformer = pipe.transformer.requires_grad_(False)
+    reference = None
     if args.lora_rank > 0:
         names = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
-        config = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "init_lora_weights": "gaussian"}
-        transformer.add_adapter(LoraConfig(target_modules=["attn." + name for name in names], **config))
+        lora = LoraConfig(
+            r=args.lora_rank,
+            lora_alpha=2 * args.lora_rank,
+            init_lora_weights="gaussian",
+            target_modules=["attn." + name for name in names],
+        )
+        transformer.add_adapter(lora)
     else:
-        reference = copy.deepcopy(transformer) if args.kl_coef > 0 else None
+        if args.kl_coef > 0:
+            reference = copy.deepcopy(transformer)
         transformer.requires_grad_(True)
-    for p in transformer.parameters():
-        p.data = p.data.float() if p.requires_grad else p.data
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    return pipe, transformer.train(), reference  # train() matters to checkpointing alone: there is no dropout
+    if args.compile:
+        for module in transformer.modules():
+            is_block = type(module).__name__ in transformer._no_split_modules
+            if is_block:  # they are compiled one by one, since they share their compiled code
+                module.compile()
+    if args.offload_text_encoders:
+        move_text_encoders(pipe, "cpu")
+    return pipe, transformer.train(), reference  # train() is for checkpointing alone: there is no dropout
 
 
-def load_lm(args, device, dtype):
-    """(tokenizer, lm, reference) of the rewriter; see load_model. Its vision tower is never trained."""
-    if from_hub(PreTrainedConfig.get_config_dict, args.lm)[0].get("model_type") != "qwen2_5_vl":
-        raise BadInput(f"--lm {args.lm} is no Qwen2.5-VL, the only family supported")
+def load_lm(args, device, dtype, keep_reference):
+    """(lm, tokenizer, reference). Trainable parameters (LoRA or all) are float32 and require grad.
+
+    reference is the language model before training, for the KL: a frozen copy, or None where the LoRA can be
+    switched off instead, or where no reference is kept. The vision tower is never trained.
+    """
     tokenizer = from_hub(AutoTokenizer.from_pretrained, args.lm, padding_side="left")
+    if tokenizer.chat_template is None:
+        raise BadInput(f"--lm {args.lm} has no chat template beside its tokenizer")
     lm = from_hub(Qwen2_5_VLForConditionalGeneration.from_pretrained, args.lm, dtype=dtype).to(device)
     lm.requires_grad_(False).eval()
-    end, pad, reference = tokenizer.eos_token_id, tokenizer.pad_token_id, None
-    # not the hub's top_k and repetition penalty: what is sampled is what is trained. A sampled image token
-    # would have no image: special tokens, but the end of the turn, are left out of both
-    banned = sorted({*tokenizer.all_special_ids, *range(len(tokenizer), lm.lm_head.out_features)} - {end})
-    lm.generation_config = GenerationConfig(suppress_tokens=banned, eos_token_id=end, pad_token_id=pad)
+    # Ignore the checkpoint's sampling defaults, so that we sample from the distribution that we train.
+    # Special tokens other than the end of the turn are suppressed: an image token without an image would
+    # crash the next forward pass. So are the rows of the output layer beyond the vocabulary.
+    end_of_turn = tokenizer.eos_token_id
+    suppressed = set(tokenizer.all_special_ids)
+    suppressed.update(range(len(tokenizer), lm.lm_head.out_features))
+    suppressed.discard(end_of_turn)
+    lm.generation_config = GenerationConfig(
+        suppress_tokens=sorted(suppressed),
+        eos_token_id=end_of_turn,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    reference = None
     if args.lm_lora_rank > 0:
-        config = {"r": args.lm_lora_rank, "lora_alpha": 2 * args.lm_lora_rank}
-        lm.add_adapter(LoraConfig(target_modules=r"model\.language_model\..*_proj", **config))
+        lora = LoraConfig(
+            r=args.lm_lora_rank,
+            lora_alpha=2 * args.lm_lora_rank,
+            target_modules=r"model\.language_model\..*_proj",
+        )
+        lm.add_adapter(lora)
     else:
-        reference = copy.deepcopy(lm) if args.lm_kl_coef > 0 else None
-        lm.requires_grad_(True).model.visual.requires_grad_(False)
-    for p in lm.parameters():
-        p.data = p.data.float() if p.requires_grad else p.data
+        if keep_reference:
+            reference = copy.deepcopy(lm)
+        lm.requires_grad_(True)
+        lm.model.visual.requires_grad_(False)
+    for parameter in lm.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     lm.forward = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)(lm.forward)
-    return tokenizer, lm, reference
+    return lm, tokenizer, reference
 
 
 @contextlib.contextmanager
-def base_weights(transformer, reference):
-    """The base model: the frozen copy, or the transformer with its LoRA switched off for a while."""
-    if reference is None:
-        transformer.disable_adapters()
-    yield reference or transformer
-    if reference is None:
-        transformer.enable_adapters()
+def base_weights(model, reference):
+    """The base model: the frozen copy, or the model itself with its LoRA switched off inside the block."""
+    if reference is not None:
+        yield reference
+        return
+    model.disable_adapters()
+    try:
+        yield model
+    finally:
+        model.enable_adapters()
+
+
+def is_flux(pipe):
+    """Whether this is FLUX.1 or FLUX.1-Kontext, and not SD3."""
+    return "Flux" in type(pipe).__name__
+
+
+def move_text_encoders(pipe, device):
+    """Moves the text encoders of a pipeline to a device."""
+    for name, component in pipe.components.items():
+        if name.startswith("text_encoder") and component is not None:
+            component.to(device)
 
 
 @torch.no_grad()
-def encode_prompts(pipe, prompts, max_sequence_length, cache):
-    """Embeddings (B, L, D), pooled (B, D); each distinct prompt is encoded once, alone, kept on the CPU."""
-    if len(cache) > 4096:  # bounds the memory: with T5 a prompt of SD3.5 takes 1.7 MB
+def encode_prompts(pipe, prompts, max_sequence_length, cache, offload=False):
+    """Embeddings (B, L, D) and pooled embeddings (B, D). A distinct prompt is encoded once, then cached.
+
+    offload: whether the text encoders are on the CPU, and come to the device only for new prompts.
+    """
+    device = pipe.transformer.device
+    if len(cache) > 1024:  # bounds the CPU memory: a prompt takes 1.7 MB for SD3.5 with T5, 4.2 MB for FLUX.1
         cache.clear()
-    options = {"do_classifier_free_guidance": False, "max_sequence_length": max_sequence_length}
-    for prompt in prompts:
-        if prompt not in cache:  # in a batch its rounding would depend on what a resumed run has cached
-            embeds, _, pooled, _ = pipe.encode_prompt([prompt], None, None, **options)
-            cache[prompt] = embeds[0].cpu(), pooled[0].cpu()
-    embeds, pooled = zip(*(cache[prompt] for prompt in prompts))
-    return torch.stack(embeds).to(pipe.device), torch.stack(pooled).to(pipe.device)
+    new_prompts = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
+    if new_prompts and offload:
+        move_text_encoders(pipe, device)
+    for prompt in new_prompts:
+        # One prompt at a time. In a batch, rounding would depend on which prompts share it, and a resumed
+        # run, whose cache starts empty, would share them differently.
+        if is_flux(pipe):
+            embeds, pooled, _ = pipe.encode_prompt([prompt], max_sequence_length=max_sequence_length)
+        else:
+            embeds, _, pooled, _ = pipe.encode_prompt(
+                [prompt],
+                None,
+                None,
+                do_classifier_free_guidance=False,
+                max_sequence_length=max_sequence_length,
+            )
+        cache[prompt] = embeds[0].cpu(), pooled[0].cpu()
+    if new_prompts and offload:
+        move_text_encoders(pipe, "cpu")
+    embeds = torch.stack([cache[prompt][0] for prompt in prompts])
+    pooled = torch.stack([cache[prompt][1] for prompt in prompts])
+    return embeds.to(device), pooled.to(device)
+
+
+@torch.no_grad()
+def encode_sources(pipe, metadata, resolution, cache):
+    """Latents (B, C, h, w) of the images that the rows ask to edit, or None where there are none.
+
+    The image of a row is cropped at its centre to a square of resolution x resolution pixels. Its latents are
+    the mode of the autoencoder's distribution, as in Kontext's own pipeline. An image is encoded once, then
+    cached.
+    """
+    if "source" not in metadata[0]:
+        return None
+    if len(cache) > 1024:  # bounds the CPU memory: a source of 1024 x 1024 pixels takes 1 MB
+        cache.clear()
+    for row in metadata:
+        if row["source"] not in cache:
+            image = load_source(row["source"], resolution).to(pipe.transformer.device)  # (3, H, W) in [0, 1]
+            latents = pipe.vae.encode(2 * image.unsqueeze(0) - 1).latent_dist.mode()
+            latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+            cache[row["source"]] = latents[0].cpu()
+    return torch.stack([cache[row["source"]] for row in metadata]).to(pipe.transformer.device)
 
 
 @torch.no_grad()
 def decode(pipe, x_0):
     """Latents (B, C, h, w) -> images (B, 3, H, W) float32 in [0, 1], rounded to 8 bits as when saved."""
-    z = x_0 / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    return ((pipe.vae.decode(z).sample / 2 + 0.5).clamp(0, 1) * 255).round() / 255
+    latents = x_0 / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    images = (pipe.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    return (images * 255).round() / 255
 
 
 # === flow ===
 
 
-def predict_velocity(transformer, x_t, t, embeds, negative, guidance_scale):
-    """v(x_t, t, prompt), float32 (B, C, h, w); t is a number or float64 (B,), embeds ((B, L, D), (B, D))."""
-    # guidance_scale != 1: classifier-free guidance against negative, ((1, L, D), (1, D)), in one batch
-    prompt_embeds, pooled = embeds
+class Conditions(NamedTuple):
+    """What the velocity of a batch depends on, besides x_t and t."""
+
+    embeds: torch.Tensor  # (B, L, D), of the tokens of the prompts
+    pooled: torch.Tensor  # (B, D), of the whole prompts
+    source: torch.Tensor | None = None  # (B, C, h, w), latents of the images to edit, for FLUX.1-Kontext
+
+
+def get_sigmas(scheduler, num_inference_steps, num_tokens=None):
+    """The pipeline's own T + 1 times, from 1 down to 0, so that what is trained is what is deployed.
+
+    num_tokens: for FLUX.1, the number of 2 x 2 patches of a latent. Larger images spend more steps near the
+    noise: a time s becomes e^mu / (e^mu + 1 / s - 1), where mu grows linearly with num_tokens.
+    """
+    if num_tokens is None:
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler.sigmas.tolist()
+    config = scheduler.config
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    mu = config.base_shift + slope * (num_tokens - config.base_image_seq_len)
+    times = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+    scheduler.set_timesteps(sigmas=times, mu=mu)
+    return scheduler.sigmas.tolist()
+
+
+def predict_sd3_velocity(transformer, x_t, t, conditions, negative, guidance_scale):
+    """SD3's velocity v(x_t, t, prompt), float32 (B, C, h, w).
+
+    t: a number, or float64 (B,). negative: the Conditions of one negative prompt. Above a scale of 1,
+    classifier-free guidance v_negative + scale (v - v_negative) takes both in one forward pass.
+    """
+    embeds, pooled, _ = conditions
     timestep = torch.as_tensor(1000 * t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
-    if guidance_scale != 1:
-        x_t, timestep = torch.cat([x_t, x_t]), torch.cat([timestep, timestep])  # unconditional, conditional
-        prompt_embeds = torch.cat([negative[0].expand_as(prompt_embeds), prompt_embeds])
-        pooled = torch.cat([negative[1].expand_as(pooled), pooled])
-    with torch.autocast(x_t.device.type, prompt_embeds.dtype, enabled=prompt_embeds.dtype != torch.float32):
+    if guidance_scale > 1:
+        x_t = torch.cat([x_t, x_t])
+        timestep = torch.cat([timestep, timestep])
+        embeds = torch.cat([negative.embeds.expand_as(embeds), embeds])
+        pooled = torch.cat([negative.pooled.expand_as(pooled), pooled])
+    with torch.autocast(x_t.device.type, embeds.dtype, enabled=embeds.dtype != torch.float32):
         velocity = transformer(
-            hidden_states=x_t.to(prompt_embeds.dtype),
+            hidden_states=x_t.to(embeds.dtype),
             timestep=timestep,
-            encoder_hidden_states=prompt_embeds,
+            encoder_hidden_states=embeds,
             pooled_projections=pooled,
         ).sample.float()
-    if guidance_scale != 1:
-        unconditional, conditional = velocity.chunk(2)
-        velocity = unconditional + guidance_scale * (conditional - unconditional)
+    if guidance_scale > 1:
+        negative_velocity, positive_velocity = velocity.chunk(2)
+        velocity = negative_velocity + guidance_scale * (positive_velocity - negative_velocity)
     return velocity
 
 
-def step_mean_std(x_t, velocity, sigmas, i, noise_level, sde_type):
-    """Mean (B, C, h, w) and standard deviation (a number) of step i, t = sigmas[i] to t' = sigmas[i + 1].
+def predict_flux_velocity(transformer, x_t, t, conditions, negative, guidance_scale):
+    """FLUX.1's velocity v(x_t, t, prompt, source), float32 (B, C, h, w). Arguments: `predict_sd3_velocity`.
 
-    flow (the paper), Euler-Maruyama with dt = t - t' > 0, for an SDE with the ODE's marginals:
+    Guidance was distilled into the network: its scale is an input, and there is no negative prompt. A token
+    is a 2 x 2 patch of a latent. Kontext reads the source as further tokens, whose outputs are not used.
+    """
+    embeds, pooled, source = conditions
+    rows, columns = x_t.shape[2] // 2, x_t.shape[3] // 2
+    tokens = pack_latents(x_t)
+    positions = token_positions(0, rows, columns)
+    if source is not None:
+        tokens = torch.cat([tokens, pack_latents(source)], dim=1)
+        positions = torch.cat([positions, token_positions(1, rows, columns)])
+    timestep = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
+    guidance = None
+    if transformer.config.guidance_embeds:
+        guidance = torch.full((len(x_t),), guidance_scale, device=x_t.device)
+    with torch.autocast(x_t.device.type, embeds.dtype, enabled=embeds.dtype != torch.float32):
+        velocity = transformer(
+            hidden_states=tokens.to(embeds.dtype),
+            timestep=timestep,  # in [0, 1]; SD3 wants it times 1000
+            guidance=guidance,
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+            img_ids=positions.to(x_t.device),
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=x_t.device),
+        ).sample.float()
+    velocity = velocity[:, : rows * columns]  # of the image alone, without the source
+    return rearrange(velocity, "b (r s) (c p q) -> b c (r p) (s q)", r=rows, s=columns, p=2, q=2)
+
+
+def pack_latents(latents):
+    """Latents (B, C, h, w) -> FLUX.1's tokens (B, h/2 * w/2, 4 C), one for each 2 x 2 patch."""
+    return rearrange(latents, "b c (r p) (s q) -> b (r s) (c p q)", p=2, q=2)
+
+
+def token_positions(image, rows, columns):
+    """Where the tokens of an image are: (rows * columns, 3) of image number, row and column."""
+    positions = torch.zeros(rows, columns, 3)
+    positions[:, :, 0] = image  # 0 is the image that is sampled, 1 the source
+    positions[:, :, 1] = torch.arange(rows).unsqueeze(1)
+    positions[:, :, 2] = torch.arange(columns)
+    return positions.view(rows * columns, 3)
+
+
+def step_mean_std(x_t, velocity, sigmas, i, noise_level, sde_type):
+    """Mean (B, C, h, w) and standard deviation (a number) of step i, from t = sigmas[i] to t' = sigmas[i+1].
+
+    flow, the SDE of Flow-GRPO (arXiv 2505.05470): an Euler-Maruyama step with dt = t - t' > 0. Its marginals
+    are those of the ODE: the noise explores, and the terms with sigma_t^2 pull back what it adds.
         sigma_t = a sqrt(t / (1 - t)),   std = sigma_t sqrt(dt)
         mean = x_t (1 - sigma_t^2 dt / (2 t)) - v (1 + sigma_t^2 (1 - t) / (2 t)) dt
-    cps, from the clean and the noise prediction x_0 = x_t - t v, x_1 = x_t + (1 - t) v:
+    cps, arXiv 2509.05952: a mix of the predicted image x_0 = x_t - t v and the predicted noise
+    x_1 = x_t + (1 - t) v, where fresh noise replaces a part of x_1. No excess noise is left in the image.
         std = t' sin(a pi / 2),   mean = (1 - t') x_0 + t' cos(a pi / 2) x_1
-    a = 0 makes both the ODE's Euler step. The step is named by its index: times, as floats, compare badly.
+    With a = 0 both reduce to an Euler step of the ODE. Steps are identified by index because comparing float
+    times is fragile.
     """
-    t, t_next = sigmas[i], sigmas[i + 1]
+    t = sigmas[i]
+    t_next = sigmas[i + 1]
     dt = t - t_next
     if sde_type == "cps":
-        x_0, x_1, angle = x_t - t * velocity, x_t + (1 - t) * velocity, noise_level * math.pi / 2
-        return (1 - t_next) * x_0 + t_next * math.cos(angle) * x_1, t_next * math.sin(angle)
-    # sigma_t diverges at t = 1: the first step's denominator takes the next time, which makes std = a there
-    variance = noise_level**2 * t / (1 - (t_next if i == 0 else t))
+        angle = noise_level * math.pi / 2
+        x_0 = x_t - t * velocity
+        x_1 = x_t + (1 - t) * velocity
+        mean = (1 - t_next) * x_0 + t_next * math.cos(angle) * x_1
+        return mean, t_next * math.sin(angle)
+    # sigma_t diverges at t = 1. In the first step the denominator uses t' instead, as in Flow-GRPO's code,
+    # which makes its std equal to a.
+    denominator = 1 - t_next if i == 0 else 1 - t
+    variance = noise_level**2 * t / denominator
     mean = x_t * (1 - variance * dt / (2 * t)) - velocity * (1 + variance * (1 - t) / (2 * t)) * dt
     return mean, math.sqrt(variance * dt)
 
 
-def log_prob(x, mean, std):
-    """Gaussian log-density of x, the MEAN over (C, h, w): (B,)."""
-    # as in DDPO and the official code: a sum's ratio leaves any clip range at once with 65,536 elements
-    density = -((x - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
+def log_prob(x_next, mean, std):
+    """Gaussian log-density of a step, the MEAN over the elements (C, h, w) of a latent: (B,).
+
+    For each element, log N(x; mean, std^2) = -(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2. As in DDPO
+    and Flow-GRPO's code it is not summed: a sum over 65,536 elements would leave any clip range at once.
+    """
+    density = -((x_next - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)
 
 
 def gaussian_kl(mean, reference_mean, std):
-    """KL of two Gaussians of equal std, |mean - reference_mean|^2 / (2 std^2), mean over (C, h, w): (B,)."""
-    # std includes sqrt(dt), as in the paper; the official code divides by sigma_t^2: its KL is ours times dt
+    """KL divergence of two steps with equal std, the mean over the elements of a latent: (B,).
+
+    KL = (mean - reference_mean)^2 / (2 std^2), Flow-GRPO's closed form: how far the policy has moved from
+    the base model, in units of the step's noise.
+    """
     return ((mean - reference_mean) ** 2).flatten(1).mean(1) / (2 * std**2)
-
-
-def get_sigmas(scheduler, num_inference_steps):
-    """The pipeline's own times, from 1 down to 0, T + 1 numbers: what is trained is what gets deployed."""
-    scheduler.set_timesteps(num_inference_steps)
-    return scheduler.sigmas.tolist()
 
 
 # === rollout ===
 
 
+class TrainedStep(NamedTuple):
+    """A stochastic step of a sampled batch: all that the loss needs to evaluate it again."""
+
+    index: int  # i: the step went from sigmas[i] to sigmas[i + 1]
+    x_t: torch.Tensor  # (B, C, h, w)
+    x_next: torch.Tensor  # (B, C, h, w), what was sampled
+    mean: torch.Tensor  # (B, C, h, w)
+    log_prob: torch.Tensor  # (B,)
+
+
+class MicroBatch(NamedTuple):
+    """Images of one process that share a forward pass, in the rollout and again in the loss."""
+
+    images: slice  # of this process's images
+    trained_steps: list  # of TrainedStep, as from `rollout`
+
+
 def draw_prompts(num_prompts, count, seed, iteration):
-    """Row numbers of iteration 1, 2, ...: passes over the file, each in its own order, cut into pieces."""
-    rows = []
-    for n in range((iteration - 1) * count, iteration * count):
-        order = np.random.default_rng((seed, 1, n // num_prompts)).permutation(num_prompts)
-        rows.append(int(order[n % num_prompts]))
-    return rows
+    """Prompt indices for iteration 1, 2, ...: a slice of an endless stream of reshuffled epochs."""
+    first = (iteration - 1) * count
+    indices = []
+    for position in range(first, first + count):
+        epoch, offset = divmod(position, num_prompts)
+        if position == first or offset == 0:
+            order = np.random.default_rng((seed, 1, epoch)).permutation(num_prompts)
+        indices.append(int(order[offset]))
+    return indices
 
 
-def draw_noise(indices, draws, shape, seed, iteration):
-    """Standard normal (B, draws, C, h, w), float32 on the CPU; one generator an image: no split changes it.
+def split_images(group_sizes, largest_group, num_updates, micro_batch_size, rank, world_size):
+    """Which images this process samples, and in which micro-batches.
 
-    indices number the iteration's images. Draw 0 is the starting noise, the others are the SDE's.
+    group_sizes: images of each of the P prompts. Image k of prompt p has the number p * largest_group + k. An
+    update sees the same prompts for any number of processes, and a process gets whole groups of it.
+    Returns this process's image numbers and, for each update, its micro-batches as slices of those.
     """
-    generators = [np.random.default_rng((seed, 3, iteration, index)) for index in indices]
-    noise = [generator.standard_normal((draws, *shape), np.float32) for generator in generators]
+    prompts_per_share = len(group_sizes) // num_updates // world_size
+    image_numbers = []
+    updates = []
+    for update in range(num_updates):
+        first_prompt = (update * world_size + rank) * prompts_per_share
+        first_image = len(image_numbers)
+        for prompt in range(first_prompt, first_prompt + prompts_per_share):
+            first_number = prompt * largest_group
+            image_numbers += range(first_number, first_number + group_sizes[prompt])
+        micro_batches = []
+        for start in range(first_image, len(image_numbers), micro_batch_size):
+            micro_batches.append(slice(start, min(start + micro_batch_size, len(image_numbers))))
+        updates.append(micro_batches)
+    return image_numbers, updates
+
+
+def draw_noise(image_numbers, draws, shape, seed, iteration):
+    """Standard normal noise (B, draws, C, h, w), float32 on the CPU. Draw 0 is the initial noise of an image.
+
+    Each image has its own generator, so its noise does not depend on how images are split into batches or
+    among processes.
+    """
+    noise = []
+    for number in image_numbers:
+        generator = np.random.default_rng((seed, 3, iteration, number))
+        noise.append(generator.standard_normal((draws, *shape), np.float32))
     return torch.from_numpy(np.stack(noise))
 
 
 @torch.no_grad()
 def rollout(velocity_at, noise, sigmas, window, noise_level, sde_type):
-    """Samples a batch, SDE steps inside the window and ODE steps outside. noise (B, 1 + W, C, h, w).
+    """Samples a batch: stochastic steps inside the window, ODE steps outside.
 
-    velocity_at(x_t, t) -> (B, C, h, w). Returns x_0 (B, C, h, w) and for each step of the window x_t, what
-    followed it, its mean (B, C, h, w) and log-prob (B,): float32, exactly what the sampler went on with.
+    velocity_at: a function (x_t, t) -> velocity (B, C, h, w). noise: (B, 1 + W, C, h, w).
+    Returns x_0 (B, C, h, w) and a TrainedStep per step of the window. All of it is float32, exactly what the
+    sampler continued from: with anything rounded, the first ratio would not be 1.
     """
-    x_t, steps = noise[:, 0], []
-    for i, (t, t_next) in enumerate(zip(sigmas, sigmas[1:])):
-        velocity = velocity_at(x_t, t)
+    x_t = noise[:, 0]
+    trained_steps = []
+    for i in range(len(sigmas) - 1):
+        velocity = velocity_at(x_t, sigmas[i])
         if i in window:
             mean, std = step_mean_std(x_t, velocity, sigmas, i, noise_level, sde_type)
-            x_next = mean + std * noise[:, 1 + len(steps)]
-            steps.append((x_t, x_next, mean, log_prob(x_next, mean, std)))
-            x_t = x_next
+            x_next = mean + std * noise[:, 1 + len(trained_steps)]
+            trained_steps.append(TrainedStep(i, x_t, x_next, mean, log_prob(x_next, mean, std)))
         else:
-            x_t = x_t + (t_next - t) * velocity
-    return x_t, steps
+            x_next = x_t + (sigmas[i + 1] - sigmas[i]) * velocity
+        x_t = x_next
+    return x_t, trained_steps
 
 
-def ask(tokenizer, prompts, instruction, device):
-    """Model inputs (B, L), padded on the left: a user's turn for each prompt, the reply about to start."""
-    turns = [[{"role": "user", "content": instruction.replace("{prompt}", prompt)}] for prompt in prompts]
-    chat = tokenizer.apply_chat_template(turns, add_generation_prompt=True, padding=True, return_tensors="pt")
-    return {**chat.to(device), "mm_token_type_ids": torch.zeros_like(chat.input_ids)}  # 0: all of it is text
+# === language model ===
 
 
-def sample_replies(lm, question, max_new_tokens, noise=None):
-    """Replies (B, N) to `ask`, log-probabilities (B, N): greedy, or by normal noise (B, max_new_tokens)."""
-    chosen = []
+class Policy(NamedTuple):
+    """The language model that writes prompts, and what turns questions into its input."""
 
-    def choose(_, scores):  # leaves one token; transformers' own sampler has one random state for all rows
-        log_probs = scores.float().log_softmax(-1)  # of a banned token -inf
-        token = log_probs.argmax(-1, keepdim=True)
-        if noise is not None:
-            cumulative = log_probs.double().exp().cumsum(-1)
-            u = torch.special.ndtr(noise[:, len(chosen), None].double()).to(lm.device)
-            token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
-        chosen.append(log_probs.gather(-1, token))
-        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0)
-
-    ids = lm.generate(**question, logits_processor=[choose], max_new_tokens=max_new_tokens)
-    return ids[:, question["input_ids"].shape[1] :], torch.cat(chosen, dim=1)
+    lm: torch.nn.Module
+    tokenizer: object
+    processor: object  # of pictures. None: it is shown none, as here
 
 
-def reply_log_probs(lm, question, replies):
+class Dialogue(NamedTuple):
+    """Questions and the replies that were sampled: all that the loss needs to evaluate them again."""
+
+    questions: list  # of B texts
+    replies: torch.Tensor  # (B, N) token ids
+    mask: torch.Tensor  # (B, N) bool: the tokens of a reply up to its end of turn, that one included
+    log_probs: torch.Tensor  # (B, N) of these tokens
+
+
+class Rewrites(NamedTuple):
+    """What the language model made of a batch of prompts."""
+
+    prompts: list  # B new prompts
+    well_formed: list  # of B bool: whether the reply has an answer between its tags
+    dialogue: Dialogue
+
+
+def fill(template, **texts):
+    """The template with each {name} replaced by its text, in one pass: a text may have {prompt} in it."""
+    return re.sub(r"\{(\w+)\}", lambda match: texts.get(match[1], match[0]), template)
+
+
+def as_text(tokenizer, text):
+    """The text, its special tokens broken by a space: a prompt that spells the mark of an image or the end of
+    a turn is read as text."""
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, token[0] + " " + token[1:])
+    return text
+
+
+def ask(policy, questions):
+    """Model inputs of a user's turn per question, with the reply about to begin: {name: (B, L)}.
+
+    Questions are padded on the left, so that every reply begins in the same column.
+    """
+    turns = []
+    for question in questions:
+        turns.append([{"role": "user", "content": as_text(policy.tokenizer, question)}])
+    inputs = policy.tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    inputs = dict(inputs.to(policy.lm.device))
+    inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])  # 0: all of it is text
+    return inputs
+
+
+def draw_token_noise(image_numbers, turn, num_images, max_new_tokens, seed, iteration):
+    """Standard normal noise (B, N) that picks the tokens of an image's prompt, at its turn 0, 1, ...
+
+    For draw_noise the images have the numbers 0 to P K - 1, and num_images is P K. Each turn takes the next
+    P K numbers, so that no token is drawn from the noise of an image.
+    """
+    numbers = [(1 + turn) * num_images + number for number in image_numbers]
+    return draw_noise(numbers, 1, (max_new_tokens,), seed, iteration)[:, 0]
+
+
+def choose_tokens(log_probs, noise):
+    """A token for each row of log_probs (B, V): the likeliest if noise is None, else a sample: (B, 1).
+
+    noise: standard normal (B,). Its cumulative probability u is uniform; the token is the one at which the
+    cumulative distribution of the tokens passes u. So a row's token depends on no other row.
+    """
+    if noise is None:
+        return log_probs.argmax(-1, keepdim=True)
+    cumulative = log_probs.double().exp().cumsum(-1)
+    u = torch.special.ndtr(noise.double()).unsqueeze(-1).to(log_probs.device)
+    return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
+
+
+class TokenSampler:
+    """A logits processor that leaves one token per row, and notes its log-probability.
+
+    The sampler of transformers has one random state for all rows of a batch.
+    """
+
+    def __init__(self, noise):
+        self.noise = noise  # (B, N), or None for the likeliest tokens
+        self.log_probs = []  # of the tokens so far, (B, 1) each
+
+    def __call__(self, _, scores):
+        log_probs = scores.float().log_softmax(-1)  # of a suppressed token -inf
+        noise = None if self.noise is None else self.noise[:, len(self.log_probs)]
+        tokens = choose_tokens(log_probs, noise)
+        self.log_probs.append(log_probs.gather(-1, tokens))
+        return torch.full_like(scores, -torch.inf).scatter(-1, tokens, 0)
+
+
+def sample_replies(lm, inputs, max_new_tokens, noise=None):
+    """Replies (B, N) to `ask` and their log-probabilities (B, N): sampled by noise (B, N), or greedy."""
+    sampler = TokenSampler(noise)
+    ids = lm.generate(**inputs, logits_processor=[sampler], max_new_tokens=max_new_tokens)
+    question_length = inputs["input_ids"].shape[1]
+    return ids[:, question_length:], torch.cat(sampler.log_probs, dim=1)
+
+
+def reply_log_probs(lm, inputs, replies):
     """Log-probabilities of the replies' tokens, and entropies, (B, N) each, by one pass over all tokens."""
-    after = torch.zeros_like(replies)
-    parts = {"input_ids": replies, "attention_mask": after + 1, "mm_token_type_ids": after}
-    inputs = question | {name: torch.cat([question[name], part], dim=1) for name, part in parts.items()}
-    logits = lm(**inputs, logits_to_keep=replies.shape[1] + 1).logits[:, :-1].float()
-    banned = torch.tensor(lm.generation_config.suppress_tokens, device=lm.device)
-    log_probs = logits.index_fill(-1, banned, -torch.inf).log_softmax(-1)
+    is_text = torch.zeros_like(replies)
+    inputs = dict(inputs)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], replies], dim=1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], is_text + 1], dim=1)
+    inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], is_text], dim=1)
+    output = lm(**inputs, logits_to_keep=replies.shape[1] + 1)
+    logits = output.logits[:, :-1].float()  # each position predicts the next token
+    suppressed = torch.tensor(lm.generation_config.suppress_tokens, device=lm.device)
+    log_probs = logits.index_fill(-1, suppressed, -torch.inf).log_softmax(-1)
     entropy = torch.special.entr(log_probs.detach().exp()).sum(-1)
     return log_probs.gather(-1, replies.unsqueeze(-1)).squeeze(-1), entropy
 
 
-def reply_mask(replies, end):
+def reference_log_probs(lm, reference, inputs, replies):
+    """Log-probabilities (B, N) of the replies' tokens under the language model before training."""
+    with torch.no_grad(), base_weights(lm, reference) as network:
+        log_probs, _ = reply_log_probs(network, inputs, replies)
+    return log_probs
+
+
+def reply_mask(replies, end_of_turn):
     """(B, N) bool: the tokens up to the first end of turn, that one included; all where there is none."""
-    return (replies == end).cumsum(1) - (replies == end).int() == 0
+    is_end = (replies == end_of_turn).int()
+    ends_before = is_end.cumsum(1) - is_end
+    return ends_before == 0
 
 
 def parse_answer(reply):
     """(prompt, well-formed): the last <answer> that is not empty, else the reply without stray tags."""
-    found = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", reply, re.DOTALL)
-    answers = [answer for answer in found if answer.strip()] or [re.sub(r"</?answer>", " ", reply)]
-    return " ".join(answers[-1].split()), any(answer.strip() for answer in found)
+    answers = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", reply, re.DOTALL)
+    answers = [answer for answer in answers if answer.strip()]
+    text = answers[-1] if answers else re.sub(r"</?answer>", " ", reply)
+    return " ".join(text.split()), len(answers) > 0
 
 
-def rewrite(lm, tokenizer, prompts, args, noise=None):
-    """(rewrites, are they well-formed, what the loss needs): of (B,) prompts; noise as in sample_replies."""
-    question = ask(tokenizer, prompts, args.instruction, lm.device)
-    replies, log_probs = sample_replies(lm, question, args.max_new_tokens, noise)
-    answers = map(parse_answer, tokenizer.batch_decode(replies, skip_special_tokens=True))
-    return *zip(*answers), (question, replies, reply_mask(replies, tokenizer.eos_token_id), log_probs)
+def converse(policy, questions, inputs, max_new_tokens, noise):
+    """Rewrites of a batch: samples replies to questions with these model inputs, and parses them."""
+    replies, log_probs = sample_replies(policy.lm, inputs, max_new_tokens, noise)
+    prompts = []
+    well_formed = []
+    for reply in policy.tokenizer.batch_decode(replies, skip_special_tokens=True):
+        prompt, has_answer = parse_answer(reply)
+        prompts.append(prompt)
+        well_formed.append(has_answer)
+    mask = reply_mask(replies, policy.tokenizer.eos_token_id)
+    return Rewrites(prompts, well_formed, Dialogue(questions, replies, mask, log_probs))
+
+
+def rewrite(policy, instruction, prompts, max_new_tokens, noise=None):
+    """Rewrites of B prompts, sampled by noise (B, N) or greedy. A reply without an answer is taken whole."""
+    questions = [fill(instruction, prompt=prompt) for prompt in prompts]
+    return converse(policy, questions, ask(policy, questions), max_new_tokens, noise)
+
+
+def is_truncated(tokenizer, prompt):
+    """Whether a prompt is longer than a text encoder reads. Words beyond that get credit without effect."""
+    return len(tokenizer(prompt).input_ids) > tokenizer.model_max_length
+
+
+def sample_rewritten(policy, args, sample, prompts, metadata, numbers):
+    """Samples with greedy rewrites in place of the prompts. sample: as for `report.evaluate`."""
+    rewrites = rewrite(policy, args.instruction, prompts, args.max_new_tokens).prompts
+    captions = [f"{prompt}\n-> {text}" for prompt, text in zip(prompts, rewrites)]
+    return sample(rewrites, metadata, numbers)._replace(captions=captions)
 
 
 # === algorithm ===
 
 
-def add_format_reward(values, formatted, coef):
-    """R = R_image + coef * [well-formed], (P, K). formatted (P, K - m): of the rewrites, first in a group."""
-    count = formatted.shape[1]
-    # originals have no format; their rewrites' mean neither helps nor harms them
-    neutral = (formatted.sum(1, keepdim=True) / max(count, 1)).expand(-1, values.shape[1] - count)
-    return values + coef * torch.cat([formatted, neutral], dim=1)
+def add_format_reward(rewards, formatted, coef):
+    """R = R_image + coef * [well-formed], Eq. (1) of arXiv 2602.01382, for rewards (P, K): (P, K).
 
-
-def group_advantages(values, advantage_std, limit=5.0):
-    """Advantages (P, K) of rewards (P, K): less the group's mean, over a population standard deviation.
-
-    "global" takes the deviation of all rewards (the official default), "group" the group's own. A NaN reward
-    counts nowhere and gets 0, as does every image of a group of equal rewards. Limited to +-limit.
+    formatted: (P, number of rewrites), 1 or 0; the images with rewrites come first in a group. An original
+    has no format: it gets the mean of its group's rewrites, so that format neither helps nor harms it.
     """
-    values = values.double()
-    valid = ~values.isnan()
-    centred = (values - values.nanmean(1, keepdim=True)).masked_fill(~valid, 0)
-    std = values[valid].std(correction=0)
+    num_rewrites = formatted.shape[1]
+    mean_format = formatted.sum(1, keepdim=True) / max(num_rewrites, 1)
+    of_originals = mean_format.expand(-1, rewards.shape[1] - num_rewrites)
+    return rewards + coef * torch.cat([formatted, of_originals], dim=1)
+
+
+def group_advantages(rewards, advantage_std, limit=5.0):
+    """Advantages (P, K) of rewards (P, K): (reward - mean of the group) / standard deviation.
+
+    GRPO's advantage (arXiv 2402.03300): an image is compared with the other images of its prompt, so that no
+    value function has to be learned. The deviation is the group's own ("group", used here) or that of all
+    rewards ("global", used by Flow-GRPO). NaN rewards are ignored; they, and groups whose rewards are all
+    equal, get advantage 0. Advantages are limited to [-limit, limit].
+    """
+    rewards = rewards.double()
+    valid = ~rewards.isnan()
+    centred = (rewards - rewards.nanmean(1, keepdim=True)).masked_fill(~valid, 0)
     if advantage_std == "group":
-        std = (centred.square().sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)).sqrt()
+        count = valid.sum(1, keepdim=True).clamp(min=1)
+        std = (centred.square().sum(1, keepdim=True) / count).sqrt()
+    else:
+        std = rewards[valid].std(correction=0)
     return (centred / (std + 1e-4)).clamp(-limit, limit).float()
 
 
 def clipped_loss(log_ratio, advantages, clip_range):
-    """PPO's pessimistic objective as a loss: max(-A rho, -A clip(rho, 1 - eps, 1 + eps)): (B,)."""
+    """PPO's pessimistic objective as a loss, Eq. (7) of arXiv 1707.06347: (B,).
+
+    max(-A rho, -A clip(rho, 1 - eps, 1 + eps)): once the ratio rho has moved by eps in the direction that the
+    advantage A asks for, there is no gradient to move further.
+    """
     ratio = log_ratio.exp()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
 
 
 @torch.no_grad()
 def diagnostics(policy_loss, kl, log_ratio, advantages, clip_range):
-    """Sums over a batch: loss, KL, |ratio - 1|, and how many clipped with positive, negative advantage."""
+    """Named sums over a batch, for the log; each input is (B,)."""
     change = log_ratio.exp() - 1
-    clipped = (change.abs() > clip_range) & (change * advantages > 0)
-    parts = (policy_loss, kl, change.abs(), clipped & (advantages > 0), clipped & (advantages < 0))
-    return torch.stack([part.sum() for part in parts])
+    clipped = (change.abs() > clip_range) & (change * advantages > 0)  # these have no gradient
+    return {
+        "policy_loss": policy_loss.sum(),
+        "kl": kl.sum(),
+        "ratio_mean": change.abs().sum(),
+        "clipfrac_positive": (clipped & (advantages > 0)).float().sum(),
+        "clipfrac_negative": (clipped & (advantages < 0)).float().sum(),
+    }
 
 
-def lm_objective(log_probs, ref_log_probs, mask, advantages):
-    """Policy loss and KL of each reply, (2, B), means over its tokens: log-probabilities and mask (B, N)."""
-    # on-policy GRPO: the ratio is 1, never clipped; k3 for the KL: exp(d) - d - 1, d = ref_log_prob - l
-    log_probs, ref_log_probs = log_probs.where(mask, 0), ref_log_probs.where(mask, 0)  # pads have -inf
-    ratio, difference = (log_probs - log_probs.detach()).exp(), ref_log_probs - log_probs
-    terms = torch.stack([-ratio * advantages.unsqueeze(1), difference.exp() - difference - 1])  # (2, B, N)
-    return (terms * mask).sum(2) / mask.sum(1).clamp(min=1)
+def sum_over_processes(tensors):
+    """Replaces each tensor by its sum over all processes of the run.
+
+    64 tensors share a collective call: one call for each of a LoRA's many small gradients would take longer.
+    """
+    if not dist.is_initialized():
+        return
+    for start in range(0, len(tensors), 64):
+        bucket = tensors[start : start + 64]
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat)
+        for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
+            tensor.copy_(total.view_as(tensor))
 
 
-def lm_loss(lm, reference, dialogue, advantages, kl_coef):
-    """Loss (B,) of a dialogue (see `rewrite`), and (4, B): policy loss, KL, |ratio - 1|, entropy."""
-    question, replies, mask, old_log_probs = dialogue
-    log_probs, entropy = reply_log_probs(lm, question, replies)
+def token_kl(log_probs, ref_log_probs):
+    """k3, an estimate of the KL from sampled tokens: exp(d) - d - 1 with d = ref_log_prob - log_prob: (B, N).
+
+    It is never negative. As a loss on samples of the policy its gradient is that of KL(ref || policy), on
+    average, and at ref = policy it is zero.
+    """
+    difference = ref_log_probs - log_probs
+    return difference.exp() - difference - 1
+
+
+def mean_per_reply(values, mask):
+    """Means (B,) of values (B, N) over the tokens of each reply."""
+    return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def reply_objective(log_probs, ref_log_probs, mask, advantages):
+    """Policy loss and KL of each reply, (B,) each, means over its tokens. Log-probabilities, mask: (B, N).
+
+    GRPO with one update per rollout, as in the official code: the loss of a token is -rho A, where the ratio
+    rho = exp(log_prob - log_prob of now) is 1, is never clipped, and carries the gradient.
+    """
+    log_probs = log_probs.where(mask, 0)  # what follows the end of a reply may have -inf
+    ref_log_probs = ref_log_probs.where(mask, 0)
+    ratio = (log_probs - log_probs.detach()).exp()
+    policy_loss = mean_per_reply(-ratio * advantages.unsqueeze(1), mask)
+    return policy_loss, mean_per_reply(token_kl(log_probs, ref_log_probs), mask)
+
+
+def reply_losses(policy, reference, dialogue, advantages, has_kl):
+    """Named losses and diagnostics of a dialogue's replies, (B,) each, means over the tokens of a reply.
+
+    reference: the language model before training, as for `base_weights`; without has_kl it is not asked, and
+    the KL is 0. advantages: (B,).
+    """
+    inputs = ask(policy, dialogue.questions)
+    log_probs, entropy = reply_log_probs(policy.lm, inputs, dialogue.replies)
     ref_log_probs = log_probs.detach()
-    if kl_coef > 0:
-        with torch.no_grad(), base_weights(lm, reference) as network:
-            ref_log_probs = reply_log_probs(network, question, replies)[0]
-    policy_loss, kl = losses = lm_objective(log_probs, ref_log_probs, mask, advantages)
-    change = (log_probs.detach() - old_log_probs).where(mask, 0).expm1().abs()
-    means = (torch.stack([change, entropy]) * mask).sum(2) / mask.sum(1)
-    return policy_loss + kl_coef * kl, torch.cat([losses.detach(), means])
+    if has_kl:
+        ref_log_probs = reference_log_probs(policy.lm, reference, inputs, dialogue.replies)
+    policy_loss, kl = reply_objective(log_probs, ref_log_probs, dialogue.mask, advantages)
+    log_ratio = log_probs.detach() - dialogue.log_probs
+    change = log_ratio.where(dialogue.mask, 0).expm1().abs()
+    return {
+        "lm_policy_loss": policy_loss,
+        "lm_kl": kl,
+        "lm_ratio_first": mean_per_reply(change, dialogue.mask),
+        "lm_entropy": mean_per_reply(entropy, dialogue.mask),
+    }
+
+
+def gather_numbers(values):
+    """A list of numbers or booleans as a float32 tensor, joined with the lists of all other processes."""
+    return report.gather(torch.tensor(values, dtype=torch.float32))
 
 
 # === checkpoint ===
 
 
-@report.uninterrupted()
-def save_models(run_dir, transformer, lm, tokenizer, optimizer, progress):
-    """checkpoint/ to go on with; lora/, transformer/ (diffusers), lm_lora/ (peft), lm/ (transformers)."""
+def trained_parameters(model):
+    """{name: parameter} of what is trained, the LoRA or all weights."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_models(run_dir, models, optimizer, progress):
+    """Writes checkpoint/, to resume from. models: {name: model}; of a frozen model nothing is saved."""
     state = {"progress": progress, "optimizer": optimizer.state_dict()}
-    for name, model in (("transformer", transformer), ("lm", lm)):
-        state[name] = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad} if model else {}
-    report.write_state(run_dir / "checkpoint" / "state.pt", state)
-    if state["transformer"] and hasattr(transformer, "peft_config"):
-        # without this metadata diffusers loads the LoRA with alpha = rank: other images, and no error
-        metadata = {"transformer_lora_adapter_metadata": transformer.peft_config["default"].to_dict()}
-        layers = get_peft_model_state_dict(transformer)
-        StableDiffusion3Pipeline.save_lora_weights(f"{run_dir}/lora", layers, **metadata)
-    elif state["transformer"]:
-        transformer.save_pretrained(run_dir / "transformer")
-    for part in (lm, tokenizer) if state["lm"] else ():
-        part.save_pretrained(run_dir / ("lm_lora" if hasattr(lm, "peft_config") else "lm"))
+    for model_name, model in models.items():
+        parameters = trained_parameters(model)
+        state[model_name] = {name: parameter.detach() for name, parameter in parameters.items()}
+    report.write_checkpoint(run_dir, state)
 
 
-def load_models(run_dir, transformer, lm, optimizer):
-    """Restores a checkpoint, returns its progress. No random state: draws depend on the iteration alone."""
-    path = run_dir / "checkpoint" / "state.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for model, weights in ((transformer, state["transformer"]), (lm, state["lm"])):
-            if weights:
-                model.load_state_dict(model.state_dict() | weights)
-        optimizer.load_state_dict(state["optimizer"])
-        return state["progress"]
-    except Exception as error:  # a damaged file raises anything
-        raise BadInput(f"cannot resume: {path} is missing or damaged ({type(error).__name__})") from None
+def load_models(run_dir, models, optimizer):
+    """Restores a checkpoint and returns its progress. Raises BadInput if it is damaged or does not fit.
+
+    There is no random state to restore: all draws depend on the seed and the iteration alone.
+    """
+    state = report.read_checkpoint(run_dir)
+    for model_name, model in models.items():
+        report.restore_parameters(trained_parameters(model), state[model_name])
+    report.restore_optimizer(optimizer, state["optimizer"])
+    return state["progress"]
+
+
+def export_transformer(run_dir, pipe):
+    """Writes the trained weights for plain diffusers: lora/ is for load_lora_weights, transformer/ for
+    from_pretrained."""
+    transformer = pipe.transformer
+    if hasattr(transformer, "peft_config"):
+        with report.replace_folder(run_dir / "lora") as folder:
+            # Without this metadata diffusers loads the LoRA with alpha = rank: other images, and no error.
+            config = transformer.peft_config["default"].to_dict()
+            pipe.save_lora_weights(
+                folder,
+                get_peft_model_state_dict(transformer),
+                transformer_lora_adapter_metadata=config,
+            )
+    else:
+        with report.replace_folder(run_dir / "transformer") as folder:
+            transformer.save_pretrained(folder)
+
+
+def export_lm(run_dir, policy):
+    """Writes the trained language model: lm_lora/ is for peft, lm/ for transformers and for --lm."""
+    name = "lm_lora" if hasattr(policy.lm, "peft_config") else "lm"
+    with report.replace_folder(run_dir / name) as folder:
+        for part in policy:
+            if part is not None:
+                part.save_pretrained(folder)
+
+
+def export_models(run_dir, pipe, policy, trained):
+    """Writes the weights of what is trained."""
+    if trained != "lm":
+        export_transformer(run_dir, pipe)
+    if trained != "flow" and policy:
+        export_lm(run_dir, policy)
 
 
 # === train ===
@@ -447,154 +1082,245 @@ def load_models(run_dir, transformer, lm, optimizer):
 
 def train(args):
     """Runs or resumes an experiment; returns the run's folder."""
-    args, run_dir = report.open_run(Args, args, __file__)
-    # the place of a second family, FLUX: load_model, encode_prompts, decode and predict_velocity differ
-    report.check_args(args, families=["StableDiffusion3Pipeline"])
-    P, K, m = args.num_prompts_per_iteration, args.num_images_per_prompt, args.num_original_prompts
-    if not 0 <= m <= K - (args.trained == "lm"):
-        raise BadInput(f"--num-original-prompts {m} must be 0 to {K}, and with --trained lm less than {K}")
-    if "{prompt}" not in args.instruction or args.max_new_tokens < 1:
-        raise BadInput("--instruction must have {prompt} in it, and --max-new-tokens be at least 1")
-    files = load_prompt_files(args.prompts, args.eval_prompts)
-    device, dtype, rank, world_size = report.open_device(args)
-    reward = rewards.build(args.rewards, *(sum(parts, []) for parts in zip(*files.values())), device)
-    prompts, metadata = files.pop("train")
+    args, run_dir = report.open_run(args, __file__)
+    check_args(args)
+    P = args.num_prompts_per_iteration
+    K = args.num_images_per_prompt
+    num_rewrites = K - args.num_original_prompts  # of a group
+    has_lm_kl = args.lm_kl_coef > 0 and args.trained != "flow"
+    if num_rewrites > 0:
+        check_lm(args)
+    prompt_files = load_prompt_files(args.prompts, args.eval_prompts)
+    every_prompt = join_prompt_files(prompt_files.values())
+    check_model(args, every_prompt)
+    device, dtype, rank, world_size = open_device(args.device, args.dtype)
+    reward = rewards.build(args.rewards, every_prompt.prompts, every_prompt.metadata, device)
+    train_file = prompt_files.pop("train")
 
-    torch.manual_seed(args.seed)  # the LoRAs' first weights
-    tokenizer, lm, lm_reference = load_lm(args, device, dtype) if m < K else (None, None, None)
+    torch.manual_seed(args.seed)  # for the initial weights of the LoRAs
+    policy = None
+    lm_reference = None
+    lm_parameters = []
+    if num_rewrites > 0:
+        lm, tokenizer, lm_reference = load_lm(args, device, dtype, has_lm_kl)
+        policy = Policy(lm, tokenizer, processor=None)
     pipe, transformer, reference = load_model(args, device, dtype)
-    if frozen := {"flow": lm, "lm": transformer}.get(args.trained):
-        frozen.requires_grad_(False)
-    weights = [[p for p in net.parameters() if p.requires_grad] if net else [] for net in (transformer, lm)]
-    optimizer = torch.optim.AdamW([{"params": group} for group in weights], lr=0.0, weight_decay=1e-4)
-    sigmas = get_sigmas(pipe.scheduler, args.num_inference_steps)
-    eval_sigmas = get_sigmas(pipe.scheduler, args.eval_num_inference_steps)
-    side = args.resolution // pipe.vae_scale_factor or transformer.config.sample_size
-    shape, cache = (transformer.config.in_channels, side, side), {}  # (C, h, w)
-    negative = encode_prompts(pipe, [""], args.max_sequence_length, cache)
+    models = {"transformer": transformer}
+    if args.trained == "lm":
+        transformer.requires_grad_(False)
+        reference = None
+    if policy:
+        models["lm"] = policy.lm
+        if args.trained == "flow":
+            policy.lm.requires_grad_(False)
+        lm_parameters = list(trained_parameters(policy.lm).values())
+    flow_parameters = list(trained_parameters(transformer).values())
+    groups = [{"params": flow_parameters}, {"params": lm_parameters}]  # each has its own learning rate
+    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=1e-4)
+    resolution = args.resolution or pipe.vae.config.sample_size
+    side = resolution // pipe.vae_scale_factor
+    latent_shape = (pipe.vae.config.latent_channels, side, side)  # (C, h, w)
+    num_tokens = side * side // 4 if is_flux(pipe) else None
+    sigmas = get_sigmas(pipe.scheduler, args.num_inference_steps, num_tokens)
+    eval_sigmas = get_sigmas(pipe.scheduler, args.eval_num_inference_steps, num_tokens)
+    predict_velocity = predict_flux_velocity if is_flux(pipe) else predict_sd3_velocity
+    prompt_cache, source_cache = {}, {}
 
-    def velocity_for(texts, network=transformer):
-        embeds = encode_prompts(pipe, texts, args.max_sequence_length, cache)
-        return lambda x_t, t: predict_velocity(network, x_t, t, embeds, negative, args.guidance_scale)
+    def conditions_for(prompts, metadata):
+        """The Conditions of a batch of these rows."""
+        embeds, pooled = encode_prompts(
+            pipe, prompts, args.max_sequence_length, prompt_cache, args.offload_text_encoders
+        )
+        return Conditions(embeds, pooled, encode_sources(pipe, metadata, resolution, source_cache))
 
-    def step(x_t, velocity, i):
-        return step_mean_std(x_t, velocity, sigmas, i, args.noise_level, args.sde_type)
+    negative = conditions_for([""], [{}])
 
-    def sample_ode(texts, rows):
-        noise = draw_noise(rows, 1, shape, seed=0, iteration=0).to(device)  # the same in every run
-        return decode(pipe, rollout(velocity_for(texts), noise, eval_sigmas, (), 0.0, "flow")[0])
+    def velocity_for(prompts, metadata, network=transformer):
+        """A function (x_t, t) -> velocity, for a batch of these rows."""
+        conditions = conditions_for(prompts, metadata)
 
-    def sample_enhanced(texts, rows):
-        answers = rewrite(lm, tokenizer, texts, args)[0]
-        titles.update((row, f"{text}\n-> {answer}") for row, text, answer in zip(rows, texts, answers))
-        return sample_ode(answers, rows)
+        def velocity_at(x_t, t):
+            # Code compiled for inference may round differently from code compiled for training, and the first
+            # ratio would not be exactly 1. So compiled blocks run as in training, also in a rollout.
+            with torch.set_grad_enabled(torch.is_grad_enabled() or args.compile):
+                velocity = predict_velocity(network, x_t, t, conditions, negative, args.guidance_scale)
+            return velocity if torch.is_grad_enabled() else velocity.detach()
 
-    progress = load_models(run_dir, transformer, lm, optimizer) if args.resume else {"iteration": -1}
-    log = report.Report(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
-    B, M, N = P * K // world_size, args.micro_batch_size, args.max_new_tokens
-    images = range(rank * B, (rank + 1) * B)  # whole groups
-    # the same micro-batches in rollout and loss: kernels differ with the batch size, so would the first ratio
-    batches = [slice(j, min(j + M, B)) for j in range(0, B, M)]
-    asked = [j for j in range(B) if j % K < K - m]  # rewrites come first in a group
-    lm_batches = [asked[j : j + M] for j in range(0, len(asked), M)]
-    # the noisy steps come first; when the flow model is frozen it samples as it will be used
-    window = range(args.sde_window or args.num_inference_steps - 1) if weights[0] else ()
-    for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):  # 0: the base models
-        row, clock = {"iteration": iteration, "charts/num_images": iteration * P * K}, report.Clock(device)
+        return velocity_at
+
+    def sample_for_evaluation(prompts, metadata, numbers):
+        """Samples by the ODE, for rows with these numbers. A row's initial noise is the same in every run."""
+        noise = draw_noise(numbers, 1, latent_shape, seed=0, iteration=0).to(device)
+        x_0, _ = rollout(velocity_for(prompts, metadata), noise, eval_sigmas, (), 0.0, "flow")
+        return report.Samples(decode(pipe, x_0), captions=prompts)
+
+    sample_enhanced = functools.partial(sample_rewritten, policy, args, sample_for_evaluation)
+
+    # The loss uses the micro-batches of the rollout. Kernels round differently at another batch size, and the
+    # first ratio would not be exactly 1.
+    image_numbers, updates = split_images([K] * P, K, 1, args.micro_batch_size, rank, world_size)
+    (slices,) = updates  # there is one optimiser step per rollout
+    # The first images of each group have rewrites; these are the micro-batches of the language model.
+    images_with_rewrites = [image for image in range(len(image_numbers)) if image % K < num_rewrites]
+    lm_batches = []
+    for start in range(0, len(images_with_rewrites), args.micro_batch_size):
+        lm_batches.append(images_with_rewrites[start : start + args.micro_batch_size])
+    # The stochastic steps come first. A frozen flow model samples as it will be used, by the ODE.
+    window = range(args.sde_window or args.num_inference_steps - 1)
+    if args.trained == "lm":
+        window = range(0)
+
+    progress = {"iteration": -1}
+    if args.resume:
+        progress = load_models(run_dir, models, optimizer)
+    log = report.Log(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
+    if args.resume and rank == 0:
+        export_models(run_dir, pipe, policy, args.trained)  # a kill may have left an older export
+    for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):  # 0 evaluates the base models
+        metrics = {"iteration": iteration, "charts/num_images": iteration * P * K}
+        clock = report.Clock(device)
         if iteration > 0:
-            # 1. prompts and rewrites
-            drawn = draw_prompts(len(prompts), P, args.seed, iteration)
-            originals, data = ([rows[drawn[j // K]] for j in images] for rows in (prompts, metadata))
-            texts, stats, dialogues = list(originals), [], []
-            for batch in tqdm(lm_batches, desc="rewrite", leave=False, disable=None):
-                noise = draw_noise([P * K + images[j] for j in batch], 1, (N,), args.seed, iteration)[:, 0]
-                *answers, dialogue = rewrite(lm, tokenizer, [originals[j] for j in batch], args, noise)
-                dialogues.append(dialogue)
-                for j, answer, *stat in zip(batch, *answers, dialogue[2].sum(1).tolist()):
-                    cut = len(pipe.tokenizer(answer).input_ids) > pipe.tokenizer.model_max_length
-                    stats.append([*stat, cut, answer not in texts[j - j % K : j]])  # new in its group
-                    texts[j] = answer
+            # 1. Draw prompts, and sample a rewrite for most images.
+            drawn = draw_prompts(len(train_file.prompts), P, args.seed, iteration)
+            originals = [train_file.prompts[drawn[number // K]] for number in image_numbers]
+            metadata = [train_file.metadata[drawn[number // K]] for number in image_numbers]
+            prompts = list(originals)  # what each image is drawn from
+            rewrites = []  # a Rewrites for each of lm_batches
+            reply_tokens = []
+            well_formed = []
+            truncated = []
+            distinct = []
+            for images in tqdm(lm_batches, desc="rewrite", leave=False, disable=None):
+                numbers = [image_numbers[image] for image in images]
+                noise = draw_token_noise(numbers, 0, P * K, args.max_new_tokens, args.seed, iteration)
+                asked_about = [originals[image] for image in images]
+                batch = rewrite(policy, args.instruction, asked_about, args.max_new_tokens, noise)
+                rewrites.append(batch)
+                reply_tokens += batch.dialogue.mask.sum(1).tolist()
+                well_formed += batch.well_formed
+                for image, text in zip(images, batch.prompts):
+                    first_of_group = image - image % K
+                    truncated.append(is_truncated(pipe.tokenizer, text))
+                    distinct.append(text not in prompts[first_of_group:image])
+                    prompts[image] = text
             clock.stop("rewrite")
 
-            # 2. and 3. sample and score, against the original prompts
-            paths, scores = [], []
-            noise = draw_noise(images, 1 + len(window), shape, args.seed, iteration)
-            for batch in tqdm(batches, desc="sample", leave=False, disable=None):
-                velocity_at, z = velocity_for(texts[batch]), noise[batch].to(device)
-                x_0, path = rollout(velocity_at, z, sigmas, window, args.noise_level, args.sde_type)
-                paths.append(path)
+            # 2. Sample, and 3. score against the original prompts.
+            noise = draw_noise(image_numbers, 1 + len(window), latent_shape, args.seed, iteration)
+            micro_batches = []
+            score_parts = []
+            for images in tqdm(slices, desc="sample", leave=False, disable=None):
+                velocity_at = velocity_for(prompts[images], metadata[images])
+                x_0, trained_steps = rollout(
+                    velocity_at, noise[images].to(device), sigmas, window, args.noise_level, args.sde_type
+                )
+                micro_batches.append(MicroBatch(images, trained_steps))
                 pictures = decode(pipe, x_0)
                 clock.stop("sample")
-                scores.append(reward.details(pictures, originals[batch], data[batch]))
+                score_parts.append(reward.details(pictures, originals[images], metadata[images]))
                 clock.stop("reward")
 
-            # 4. advantages, from the rewards of all processes
-            scores = {name: gather(torch.cat([s[name] for s in scores])) for name in scores[0]}
-            stats = gather(torch.tensor(stats, dtype=torch.float32)).view(P, K - m, 4)
-            values = scores["reward"].view(P, K)
-            names = "format_rate reply_tokens truncated_fraction distinct_fraction".split()
-            row |= {f"charts/{name}": value for name, value in zip(names, stats.mean((0, 1)).tolist()) if lm}
-            parts = {"rewrites": values[:, : K - m], "originals": values[:, K - m :]}
-            row |= {f"charts/reward_{k}": v.nanmean().item() for k, v in parts.items() if v.numel()}
-            row |= report.reward_metrics(scores, K)
-            total = add_format_reward(values, stats[:, :, 0], args.format_coef)
-            advantages = group_advantages(total, "group").flatten().split(B)[rank].to(device)
+            # 4. Advantages, from the rewards of all processes.
+            scores = report.gather_scores(score_parts)
+            metrics |= report.reward_metrics(scores, [K] * P)
+            image_rewards = scores["reward"].view(P, K)
+            formatted = gather_numbers(well_formed).view(P, num_rewrites)
+            if policy:
+                metrics["charts/format_rate"] = formatted.mean().item()
+                metrics["charts/reply_tokens"] = gather_numbers(reply_tokens).mean().item()
+                metrics["charts/truncated_fraction"] = gather_numbers(truncated).mean().item()
+                metrics["charts/distinct_fraction"] = gather_numbers(distinct).mean().item()
+                metrics["charts/reward_rewrites"] = image_rewards[:, :num_rewrites].nanmean().item()
+            if args.num_original_prompts > 0:
+                metrics["charts/reward_originals"] = image_rewards[:, num_rewrites:].nanmean().item()
+            total_rewards = add_format_reward(image_rewards, formatted, args.format_coef)
+            advantages = group_advantages(total_rewards, "group")
+            advantages = advantages.flatten().split(len(image_numbers))[rank].to(device)
 
-            # 5. the language model's loss
-            sums, terms = torch.zeros(11, device=device), (P * K * len(window), P * (K - m))
-            for batch, dialogue in zip(lm_batches, dialogues if weights[1] else ()):
-                loss, parts = lm_loss(lm, lm_reference, dialogue, advantages[batch], args.lm_kl_coef)
-                (loss.sum() / terms[1]).backward()
-                sums[5:9] += parts.sum(1) / terms[1]
+            # 5. The language model's loss: a mean over all rewrites of the iteration.
+            names = "policy_loss kl ratio_mean clipfrac_positive clipfrac_negative".split()
+            names += "lm_policy_loss lm_kl lm_ratio_first lm_entropy".split()
+            totals = {name: torch.zeros((), device=device) for name in names}  # of a frozen model: 0
+            num_replies = P * num_rewrites
+            if args.trained != "flow":
+                for images, batch in zip(lm_batches, rewrites):
+                    A = advantages[images]
+                    losses = reply_losses(policy, lm_reference, batch.dialogue, A, has_lm_kl)
+                    loss = losses["lm_policy_loss"] + args.lm_kl_coef * losses["lm_kl"]
+                    (loss.sum() / num_replies).backward()
+                    for name, values in losses.items():
+                        totals[name] += values.detach().sum() / num_replies
 
-            # 6. the flow model's loss
-            for batch, path in zip(batches, paths):
-                A, velocity_at = advantages[batch], velocity_for(texts[batch])
-                for i, (x_t, x_next, _, old_log_prob) in zip(window, path):
-                    mean, std = step(x_t, velocity_at(x_t, sigmas[i]), i)
-                    log_ratio = log_prob(x_next, mean, std) - old_log_prob
-                    policy_loss, kl = clipped_loss(log_ratio, A, args.clip_range), torch.zeros_like(A)
+            # 6. The flow model's loss: a mean over all images and trained steps of the iteration.
+            num_terms = P * K * len(window)
+            for images, trained_steps in tqdm(micro_batches, desc="train", leave=False, disable=None):
+                A = advantages[images]
+                velocity_at = velocity_for(prompts[images], metadata[images])
+                for old in trained_steps:
+                    t = sigmas[old.index]
+                    velocity = velocity_at(old.x_t, t)
+                    mean, std = step_mean_std(
+                        old.x_t, velocity, sigmas, old.index, args.noise_level, args.sde_type
+                    )
+                    log_ratio = log_prob(old.x_next, mean, std) - old.log_prob
+                    policy_loss = clipped_loss(log_ratio, A, args.clip_range)
+                    kl = torch.zeros_like(A)
                     if args.kl_coef > 0:
                         with torch.no_grad(), base_weights(transformer, reference) as network:
-                            ref_velocity = velocity_for(texts[batch], network)(x_t, sigmas[i])
-                        kl = gaussian_kl(mean, step(x_t, ref_velocity, i)[0], std)
-                    ((policy_loss + args.kl_coef * kl).sum() / terms[0]).backward()
-                    sums[:5] += diagnostics(policy_loss, kl, log_ratio, A, args.clip_range) / terms[0]
+                            ref_velocity = velocity_for(prompts[images], metadata[images], network)(
+                                old.x_t, t
+                            )
+                        ref_mean, _ = step_mean_std(
+                            old.x_t, ref_velocity, sigmas, old.index, args.noise_level, args.sde_type
+                        )
+                        kl = gaussian_kl(mean, ref_mean, std)
+                    loss = (policy_loss + args.kl_coef * kl).sum() / num_terms
+                    loss.backward()
+                    sums = diagnostics(policy_loss, kl, log_ratio, A, args.clip_range)
+                    for name, value in sums.items():
+                        totals[name] += value / num_terms
 
-            # 7. one step for both
-            for tensor in [sums, *(p.grad for p in sum(weights, []))] if world_size > 1 else []:
-                torch.distributed.all_reduce(tensor)  # losses are over global counts
+            # 7. One optimiser step for both. Losses are divided by global counts, so processes add up.
+            gradients = [parameter.grad for parameter in flow_parameters + lm_parameters]
+            sum_over_processes(list(totals.values()) + gradients)
+            totals["ratio_first"] = totals.pop("ratio_mean")  # the only update of an iteration is the first
+            totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(flow_parameters, args.max_grad_norm)
+            totals["lm_grad_norm"] = torch.nn.utils.clip_grad_norm_(lm_parameters, args.max_grad_norm)
+            report.check_finite(totals)
             anneal = 1 - (iteration - 1) / args.num_iterations
-            for k, lr in enumerate((args.learning_rate, args.lm_learning_rate)):
-                group = optimizer.param_groups[k]
-                group["lr"] = row[f"losses/{'lm_' * k}learning_rate"] = lr * anneal
-                sums[9 + k] = torch.nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
-            if not sums.isfinite().all():
-                raise FloatingPointError("the loss or its gradient is not finite")
+            flow_group, lm_group = optimizer.param_groups
+            flow_group["lr"] = args.learning_rate * anneal
+            lm_group["lr"] = args.lm_learning_rate * anneal
             optimizer.step()
             optimizer.zero_grad()
             clock.stop("train")
-            names = "policy_loss kl ratio_first clipfrac_positive clipfrac_negative".split()
-            names += "lm_policy_loss lm_kl lm_ratio_first lm_entropy grad_norm lm_grad_norm".split()
-            row |= {f"losses/{name}": value for name, value in zip(names, sums.tolist())}
+            for name, total in totals.items():
+                metrics["losses/" + name] = total.item()
+            metrics["losses/learning_rate"] = flow_group["lr"]
+            metrics["losses/lm_learning_rate"] = lm_group["lr"]
 
-        results, last = {}, iteration == args.num_iterations
-        if iteration % args.eval_every == 0 or last:
-            for name, rows in files.items():
-                results[name] = (*rows, *evaluate(sample_ode, *rows, reward, M))
-                if lm:
-                    titles = dict(enumerate(rows[0]))  # of the picture; a process fills in its own rewrites
-                    evaluated = evaluate(sample_enhanced, *rows, reward, M)
-                    results[name + "_enhanced"] = (titles, rows[1], *evaluated)
+        is_last = iteration == args.num_iterations
+        evaluations = []
+        if iteration % args.eval_every == 0 or is_last:
+            for name, file in prompt_files.items():
+                evaluation = report.evaluate(name, sample_for_evaluation, file, reward, args.micro_batch_size)
+                evaluations.append(evaluation)
+                if policy:
+                    name = name + "_enhanced"
+                    evaluation = report.evaluate(name, sample_enhanced, file, reward, args.micro_batch_size)
+                    evaluations.append(evaluation)
             clock.stop("evaluate")
         if rank == 0:
-            log.write(row | clock.metrics(P * K), results)
-            if iteration % args.save_every == 0 or last:
-                save_models(run_dir, transformer, lm, tokenizer, optimizer, {"iteration": iteration})
+            log.write(metrics | clock.metrics(P * K), evaluations)
+            if iteration % args.save_every == 0 or is_last:
+                save_models(run_dir, models, optimizer, {"iteration": iteration})
+                export_models(run_dir, pipe, policy, args.trained)
     if rank == 0:
         log.close()
+    if world_size > 1:
+        dist.destroy_process_group()
     return run_dir
 
 
 if __name__ == "__main__":
-    command_line.main(train, tyro.cli(Args))
+    command_line.run(train, Args, __doc__)

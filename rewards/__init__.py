@@ -2,25 +2,24 @@
 
 A reward is any callable with one signature,
 
-    reward(images (B, 3, H, W) float in [0, 1], prompts: list[str], metadata: list[dict]) -> (B,) float32
+    reward(images (B, 3, H, W) float in [0, 1], prompts: list[str], metadata: list[dict]) -> (B,) numbers
 
-NaN marks a row that could not be scored (an engine fault); a caller's mistake raises ValueError with the
-row's number. Two optional methods: `check(prompt, metadata)` raises ValueError when a row lacks what the
-reward needs, before any model is loaded; `details(images, prompts, metadata)` returns a dict of (B,) tensors,
-its own value among them, for logs.
+NaN marks a row that could not be scored, such as after a fault of an engine. The numbers may be a tensor, an
+array or a list; `WeightedSum` checks them. A reward may have two more methods: `check(prompt, metadata)`
+raises ValueError where a row lacks what the reward needs, before any image model is loaded;
+`details(images, prompts, metadata)` returns a dict of such numbers for the logs, its own value among them.
 
-`build("geneval:1,jpeg:0.2", ...)` makes one callable of a spec; a prompt with a tag, "reward": "jpeg" in its
-metadata, is judged by that reward alone. `load_prompts` reads prompt files.
+`build("geneval:1,jpeg:0.2", ...)` makes one reward of a spec. A prompt with a tag, "reward": "jpeg" in its
+metadata, is judged by that reward alone. `rewards.prompts.load_prompts` reads prompt files.
 """
 
 import importlib
 import inspect
 import math
 
+from rewards.errors import BadInput, RewardError, reward_failure
 
-class BadInput(ValueError):
-    """A mistake of the caller's, with one line that says what is wrong and what to do about it."""
-
+__all__ = ["REGISTRY", "BadInput", "RewardError", "build", "parse_spec"]
 
 REGISTRY = {  # name in a spec -> "module:factory", imported on demand; factory(metadata, device[, model])
     "geneval": "rewards.geneval.reward:make_geneval",
@@ -37,6 +36,8 @@ REGISTRY = {  # name in a spec -> "module:factory", imported on demand; factory(
     "hpsv3": "rewards.hpsv3:make_hpsv3",
     "editreward": "rewards.hpsv3:make_editreward",
 }
+# Sizes of a weight. Beyond them a sum in float32 would lose one reward beside another, or overflow.
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-9, 1e9
 
 
 def parse_spec(spec):
@@ -46,52 +47,91 @@ def parse_spec(spec):
     """
     entries = {}
     for part in spec.split(","):
-        head, _, weight = part.strip().partition(":")
-        name, _, model = head.partition("@")
+        head, colon, weight = part.strip().partition(":")
+        name, at, model = head.partition("@")
         if name not in REGISTRY:
             raise BadInput(f"unknown reward {name!r}, expected one of {', '.join(REGISTRY)}")
         if name in entries:
             raise BadInput(f"reward {name!r} is named twice in {spec!r}")
-        try:
-            value = float(weight or 1)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise BadInput(f"the weight {weight!r} of reward {name!r} is not a number")
+        if at and not model:
+            raise BadInput(f"reward {name!r} has no model after its @: give a hub id or a folder")
+        value = parse_weight(name, weight) if colon else 1.0
         entries[name] = value, model
     return entries
+
+
+def parse_weight(name, text):
+    """The weight of a reward as a number. Raises BadInput unless it is one that can be trained with."""
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise BadInput(f"the weight {text!r} of reward {name!r} is not a number")
+    if weight == 0:
+        raise BadInput(f"the weight of reward {name!r} is zero, so it would not count: remove it")
+    if not SMALLEST_WEIGHT <= abs(weight) <= LARGEST_WEIGHT:
+        raise BadInput(
+            f"the weight {text!r} of reward {name!r} must be between {SMALLEST_WEIGHT:g} and "
+            f"{LARGEST_WEIGHT:g}, or the negative of such a number"
+        )
+    return weight
 
 
 def build(spec, prompts, metadata, device="cpu"):
     """Makes the reward that a spec describes and checks that every prompt has what it needs.
 
     spec: as for `parse_spec`. prompts, metadata: as from `load_prompts`; they are what the reward will be
-    asked about. Raises BadInput (unknown name or tag, row that cannot be scored, weights that are not there).
+    asked about. Returns a `WeightedSum`. Raises BadInput for an unknown name or tag, for a row that cannot be
+    scored, and for weights that are not there.
     """
-    import torch  # here, not above: a script that writes prompts must not wait for it
-
+    # Here and not above: a script that writes prompts must not wait for torch.
     from rewards import prompts as prompt_files
     from rewards.weighted_sum import WeightedSum
 
-    entries, parts, names = parse_spec(spec), {}, {}
+    entries = parse_spec(spec)
     prompt_files.check_tags(prompts, metadata, entries)
+    parts = {}
     for name, (weight, model) in entries.items():
-        module, factory = REGISTRY[name].split(":")
-        factory = getattr(importlib.import_module(module), factory)
-        if model and "model" not in inspect.signature(factory).parameters:
-            raise BadInput(f"reward {name!r} takes no model, remove @{model}")
         rows = prompt_files.judged_rows(name, metadata)
         if not rows:
             raise BadInput(f"reward {name!r} judges no prompt, all are tagged with others: remove it")
-        texts, data = [prompts[i] for i in rows], [metadata[i] for i in rows]
-        reward = factory(data, device, **({"model": model} if model else {}))
-        for row in rows if hasattr(reward, "check") else ():
-            try:
-                reward.check(prompts[row], metadata[row])
-            except ValueError as error:
-                raise BadInput(f"prompt {row + 1} ({prompts[row]!r}): {error}") from None
-        if len(rows) < len(metadata) and hasattr(reward, "details"):
-            # batches of which it judges no row need the keys too: ask about a black image
-            names[name] = list(reward.details(torch.zeros(1, 3, 64, 64, device=device), texts[:1], data[:1]))
+        reward = make_reward(name, model, [metadata[row] for row in rows], device)
+        if hasattr(reward, "check"):
+            for row in rows:
+                check_row(name, reward, row, prompts[row], metadata[row])
         parts[name] = (reward, weight)
-    return WeightedSum(parts, names)
+    total = WeightedSum(parts)
+    total.learn_names(prompts, metadata, device)
+    return total
+
+
+def make_reward(name, model, metadata, device):
+    """One reward of the registry. Raises BadInput where it cannot be made."""
+    options = {"model": model} if model else {}
+    try:
+        module, _, factory = REGISTRY[name].partition(":")
+        factory = getattr(importlib.import_module(module), factory)
+        if model and "model" not in inspect.signature(factory).parameters:
+            raise BadInput(f"reward {name!r} takes no model, remove @{model}")
+        reward = factory(metadata, device, **options)
+    except BadInput:
+        raise
+    except (Exception, SystemExit) as error:
+        raise reward_failure(name, error) from error
+    if not callable(getattr(reward, "details", reward)):
+        kind = type(reward).__name__
+        raise RewardError(f"{REGISTRY[name]}, the factory of reward {name!r}, returned a {kind}, no reward")
+    return reward
+
+
+def check_row(name, reward, row, prompt, metadata):
+    """Raises BadInput where a row lacks what the reward needs."""
+    from rewards.prompts import describe_row
+
+    try:
+        reward.check(prompt, metadata)
+    except ValueError as error:
+        raise BadInput(f"{describe_row(row, prompt, metadata)}: {error}") from None
+    except Exception as error:
+        raise reward_failure(name, error) from error

@@ -13,7 +13,8 @@ from PIL import Image
 
 def kilobytes(images):
     """Size of each image as a JPEG of quality 95. images (B, 3, H, W) float in [0, 1] -> (B,) float32."""
-    pixels = rearrange((images.float() * 255).round().to(torch.uint8).cpu(), "b c h w -> b h w c").numpy()
+    pixels = (images.float() * 255).round().to(torch.uint8).cpu()
+    pixels = rearrange(pixels, "b c h w -> b h w c").numpy()
     sizes = []
     for array in pixels:
         buffer = io.BytesIO()

@@ -1,19 +1,21 @@
 """What tiny/vlm learns, supervised only: tasks over the tiny world, and a parser of its wordings.
 
-An example is (image or None, question, answer). Four tasks:
+An example is (image or None, question, answer). There are four tasks:
   rewrite   a prompt -> another wording of the same content, in <answer></answer>
   refine    a prompt and the preview of an unfinished image -> a wording for the rest of the way
   edit      a source image and an instruction -> a clearer instruction, or what the target shows
   caption   an image -> its detailed wording
 
 Every question has many right answers, drawn anew each time, so that samples at temperature 1 differ. All
-answers keep the meaning, which `keeps_meaning` checks: what a prompt leaves open may be decided, what it says
-may not change. Answers never use the words that are held out of all RL training, or rewrites would let them
-in; questions do.
+answers keep the meaning, which `keeps_meaning` checks: what a prompt leaves open may be decided, but what it
+says may not change. Answers never use the words that are held out of all RL training, because rewrites would
+let those words in. Questions do use them.
 """
 
+import itertools
 import re
-from collections import Counter, namedtuple
+from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -31,7 +33,7 @@ REFINE = (
 REFINE_BLIND = REFINE.replace("Preview at {percent}%.", "No preview yet.")
 EDIT = "Improve this edit instruction: {prompt}. Answer inside <answer> </answer>."
 CAPTION = "Describe the image."
-TEXTS = (  # the wordings of a text that answers use: the world's own, and parts of its detailed one
+TEXTS = (  # how answers word a text: the world's own wordings, and parts of its detailed one
     'the text "{t}"',
     'the word "{t}"',
     'large white text "{t}" center',
@@ -42,27 +44,44 @@ TEXTS = (  # the wordings of a text that answers use: the world's own, and parts
     'the large white word "{t}"',
 )
 
+
 # ---- parser ----
-Said = namedtuple("Said", "text objects relation")  # objects: (class, color or None, place or None) each
+class Said(NamedTuple):
+    """What a sentence says: a text to draw, or objects and at most one relation between them."""
+
+    text: str | None
+    objects: list  # of (class, color or None, place or None)
+    relation: tuple | None  # (class, relation, class)
 
 
 def word_table(options):
-    """{word: meaning} of a table {meaning: words}."""
-    return {word: meaning for meaning, words in options.items() for word in words}
+    """{word: meaning} from a table {meaning: words}."""
+    table = {}
+    for meaning, words in options.items():
+        for word in words:
+            table[word] = meaning
+    return table
 
 
-def plural(noun):
-    return noun + ("es" if noun.endswith(("s", "x")) else "s")
+def cells_of_places(rows):
+    """{name of a place: (column, row)} from rows of names."""
+    cells = {}
+    for row_number, names in enumerate(rows):
+        for column_number, name in enumerate(names):
+            cells[name] = (column_number, row_number)
+    return cells
 
 
-SHAPES, COLORS, COUNTS = map(word_table, (world.SHAPE_WORDS, world.COLOR_WORDS, world.COUNT_WORDS))
-PLURALS = {plural(noun): shape for noun, shape in SHAPES.items()}
+SHAPES = word_table(world.SHAPE_WORDS)
+COLORS = word_table(world.COLOR_WORDS)
+COUNTS = word_table(world.COUNT_WORDS)
 RELATIONS = word_table(world.RELATION_WORDS)
-CELLS = {name: (x, y) for y, row in enumerate(world.PLACES) for x, name in enumerate(row)}
+PLURALS = {world.plural(noun): shape for noun, shape in SHAPES.items()}
+CELLS = cells_of_places(world.PLACES)
 
 
 def parse_phrase(phrase):
-    """'a red circle' or 'two circles' -> its objects, a list; None when it is neither."""
+    """'a red circle' or 'two circles' -> its objects, a list. None where it is neither."""
     count, _, noun = phrase.rpartition(" ")
     if noun in PLURALS and count in COUNTS:
         return [(PLURALS[noun], None, None)] * COUNTS[count]
@@ -76,62 +95,106 @@ def parse_phrase(phrase):
 
 
 def parse_item(item):
-    """'red circle top left', an item of a detailed wording -> its object; None when it is none."""
-    color, shape, place = (item.split(" ", 2) + ["", ""])[:3]
-    return (
-        (shape, color, place) if shape in world.SHAPE_WORDS and color in PALETTE and place in CELLS else None
-    )
-
-
-def match(template, sentence):
-    """The groups of a template with {a}, {b} or {t} in it, as a dict, or None."""
-    pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>.+)", re.escape(template))
-    found = re.fullmatch(pattern, sentence)
-    return found and found.groupdict()
-
-
-def parse(sentence):
-    """What a sentence says, a Said, or None outside of the world's wordings. Exact: no word is skipped."""
-    if sentence != " ".join(sentence.split()):
+    """'red circle top left', an item of a detailed wording -> its object. None where it is none."""
+    words = item.split(" ", 2)
+    if len(words) < 3:
         return None
-    for template in (*TEXTS, *world.SENTENCES["text"]):
-        found = match(template, sentence)
-        if found and re.fullmatch("[A-Z0-9]+", found["t"]):
-            return Said(found["t"], [], None)
-    items = [parse_item(item) for item in sentence.split(", ")]
-    if None not in items:
-        return Said(None, items, None)
-    for kind in ("one", "two", "position"):
-        for template in world.SENTENCES[kind]:
-            for word in RELATIONS if kind == "position" else [""]:
-                found = match(template.replace("{r}", word), sentence)
-                phrases = [parse_phrase(found[key]) for key in sorted(found)] if found else [None]
-                if None not in phrases:
-                    relation = (phrases[0][0][0], RELATIONS[word], phrases[1][0][0]) if word else None
-                    return Said(None, sum(phrases, []), relation)
+    color, shape, place = words
+    if shape in world.SHAPE_WORDS and color in PALETTE and place in CELLS:
+        return (shape, color, place)
     return None
 
 
+def match(template, sentence):
+    """{letter: words} of a template with {a}, {b} or {t} in it. None where it does not match."""
+    pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>.+)", re.escape(template))
+    found = re.fullmatch(pattern, sentence)
+    return found.groupdict() if found else None
+
+
+def parse(sentence):
+    """What a sentence says, a Said. None outside of the world's wordings. Exact: no word is skipped."""
+    if sentence != " ".join(sentence.split()):
+        return None
+    return parse_text(sentence) or parse_list(sentence) or parse_scene(sentence)
+
+
+def parse_text(sentence):
+    """The Said of a sentence that asks for a text, or None."""
+    for template in TEXTS + world.SENTENCES["text"]:
+        found = match(template, sentence)
+        if found and re.fullmatch("[A-Z0-9]+", found["t"]):
+            return Said(found["t"], [], None)
+    return None
+
+
+def parse_list(sentence):
+    """The Said of a detailed wording, or None."""
+    items = [parse_item(item) for item in sentence.split(", ")]
+    return None if None in items else Said(None, items, None)
+
+
+def parse_scene(sentence):
+    """The Said of a sentence about one or two phrases, or None."""
+    for kind in ("one", "two", "position"):
+        words = RELATIONS if kind == "position" else [""]
+        for template in world.SENTENCES[kind]:
+            for word in words:
+                said = parse_with(template.replace("{r}", word), word, sentence)
+                if said:
+                    return said
+    return None
+
+
+def parse_with(template, relation_word, sentence):
+    """The Said of a sentence that this template makes, or None. relation_word: "" where it has none."""
+    found = match(template, sentence)
+    if found is None:
+        return None
+    phrases = [parse_phrase(found[letter]) for letter in sorted(found)]
+    if None in phrases:
+        return None
+    objects = sum(phrases, [])
+    relation = None
+    if relation_word:
+        subject = phrases[0][0][0]
+        target = phrases[1][0][0]
+        relation = (subject, RELATIONS[relation_word], target)
+    return Said(None, objects, relation)
+
+
 def box_of_place(place):
-    """The box of an object in the middle of a place, of middling size."""
-    x, y = ((cell + 0.5) * world.SIZE / 3 for cell in CELLS[place])
+    """The box of a middling object in the middle of a place."""
+    column, row = CELLS[place]
+    x = (column + 0.5) * world.SIZE / 3
+    y = (row + 0.5) * world.SIZE / 3
     return world.box_of(world.Thing(None, None, x, y, sum(world.RADIUS) / 2))
 
 
+def boxes_of_class(said, shape):
+    """The boxes of a sentence's objects of one class, where it gives their places."""
+    boxes = []
+    for object_shape, _, place in said.objects:
+        if object_shape == shape and place:
+            boxes.append(box_of_place(place))
+    return boxes
+
+
 def related(said, a, relation, b):
-    """True when the sentence puts its objects of class a in a relation to those of class b."""
+    """True where the sentence puts its objects of class a in a relation to those of class b."""
     if said.relation in ((a, relation, b), (b, world.INVERSE[relation], a)):
         return True
-    places = [[box_of_place(o[2]) for o in said.objects if o[0] == name and o[2]] for name in (a, b)]
-    pairs = [(p, q) for p in places[0] for q in places[1]]
+    pairs = list(itertools.product(boxes_of_class(said, a), boxes_of_class(said, b)))
     return bool(pairs) and all(relation in relative_position(p, q) for p, q in pairs)
 
 
 def keeps_meaning(sentence, content):
-    """True when the sentence says all that the content asks for, and asks for no other object."""
+    """True where the sentence says all that the content asks for, and asks for no other object."""
     said = parse(sentence)
-    if said is None or content["tag"] == "text":
-        return said is not None and said.text == content["text"]
+    if said is None:
+        return False
+    if content["tag"] == "text":
+        return said.text == content["text"]
     counts = Counter(shape for shape, _, _ in said.objects)
     if counts != {clause["class"]: clause["count"] for clause in content["include"]}:
         return False
@@ -149,50 +212,72 @@ def keeps_meaning(sentence, content):
 # ---- answers ----
 def mentioned(sentence):
     """The classes of a sentence in the order of their first mention."""
-    words = re.findall("[a-z]+", sentence)
-    return list(dict.fromkeys(SHAPES.get(w) or PLURALS[w] for w in words if w in SHAPES or w in PLURALS))
+    classes = []
+    for word in re.findall("[a-z]+", sentence):
+        shape = SHAPES.get(word) or PLURALS.get(word)
+        if shape and shape not in classes:
+            classes.append(shape)
+    return classes
 
 
 def follows(answer, prompt):
-    """True when an answer names the objects in the prompt's order. Which colour goes with which object is
-    easy to keep then; otherwise a small model gets it wrong. A list of what is above what begins at the top.
+    """True where an answer names the objects in the prompt's order.
+
+    Which colour goes with which object is easy to keep then. In another order a small model gets it wrong.
+    A list of what is above what begins at the top, whatever the prompt's order.
     """
     relation = parse(prompt).relation
-    listed = ", " in answer and relation is not None and relation[1] in ("above", "below")
-    return listed or mentioned(answer) == mentioned(prompt)
+    is_vertical = relation is not None and relation[1] in ("above", "below")
+    if ", " in answer and is_vertical:
+        return True
+    return mentioned(answer) == mentioned(prompt)
 
 
-def following(prompt, draw):
-    """The first of draw(), draw(), ... whose wording, the last of what it returns, follows the prompt."""
-    while not follows((drawn := draw())[-1], prompt):
-        pass
-    return drawn
+def rewrite_following(prompt, content, rng):
+    """A rewrite that follows the prompt: drawn until one does."""
+    while True:
+        sentence = rewrite(content, rng)
+        if follows(sentence, prompt):
+            return sentence
+
+
+def scene_following(prompt, content, rng):
+    """As `scene`, drawn until its wording follows the prompt."""
+    while True:
+        things, sentence = scene(content, rng)
+        if follows(sentence, prompt):
+            return things, sentence
 
 
 def reword(content, rng):
-    """The content in the world's first two words for everything, the third being held out of RL."""
+    """The content in the first two of the three words for everything: the third is held out of RL."""
     return world.say(content, lambda options: rng.choice(options[:2]), flip=rng.random() < 0.5)
 
 
 def scene(content, rng):
-    """(things, detailed wording) of a random scene whose wording says what the content asks for."""
-    while True:  # two objects in one place, say, do not tell which is left
+    """(things, detailed wording) of a random scene whose wording says what the content asks for.
+
+    Not every scene has such a wording: of two objects in one place, it does not tell which one is left.
+    """
+    while True:
         things = world.realise(content, rng)
-        if keeps_meaning(sentence := world.detailed(content, things), content):
+        sentence = world.detailed(content, things)
+        if keeps_meaning(sentence, content):
             return things, sentence
 
 
 def colored(content, rng):
-    """The content with a colour for every single object that was left without."""
-    clauses = [
-        clause if "color" in clause or clause["count"] > 1 else clause | {"color": rng.choice(list(PALETTE))}
-        for clause in content["include"]
-    ]
+    """The content with a colour for each single object that had none."""
+    clauses = []
+    for clause in content["include"]:
+        if "color" not in clause and clause["count"] == 1:
+            clause = clause | {"color": rng.choice(list(PALETTE))}
+        clauses.append(clause)
     return content | {"include": clauses}
 
 
 def rewrite(content, rng):
-    """A wording: a fifth each canonical, with synonyms, with colours, and two fifths detailed."""
+    """A wording: a fifth each are canonical, with synonyms and with colours, two fifths are detailed."""
     if content["tag"] == "text":
         return rng.choice(TEXTS).format(t=content["text"])
     kind = rng.random()
@@ -206,14 +291,14 @@ def rewrite(content, rng):
 
 
 def any_wording(content, rng):
-    """A prompt as a person may write it, in any words, held-out ones too."""
+    """A prompt as a person may write it, in any words, the held-out ones too."""
     if rng.random() < 0.5:
         return world.canonical(content)
     return world.paraphrase(content, rng, held_out=rng.random() < 0.5)
 
 
 def any_content(rng):
-    """A text, or a content of the six tags, one in four with a colour for everything."""
+    """A text, or a content of one of the six tags. One in four of these has a colour for everything."""
     if rng.random() < 0.2:
         return world.text_content(world.random_text(rng))
     content = rng.choice(world.CONTENTS[rng.choice(TAGS)])
@@ -222,16 +307,21 @@ def any_content(rng):
 
 # ---- previews ----
 def preview(image, done, rng):
-    """An unfinished image: blurred, and under smooth noise, both the more the less is done (0 to 1)."""
-    noise = np.random.default_rng(rng.getrandbits(32)).normal(0.2, 0.15, (8, 8, 3)).clip(0, 1) * 255
-    noise = Image.fromarray(noise.astype(np.uint8)).resize((world.SIZE, world.SIZE), Image.BICUBIC)
+    """An unfinished image: blurred and under smooth noise, both the more, the less is done (0 to 1)."""
+    numbers = np.random.default_rng(rng.getrandbits(32)).normal(0.2, 0.15, (8, 8, 3))
+    noise = Image.fromarray((numbers.clip(0, 1) * 255).astype(np.uint8))
+    noise = noise.resize((world.SIZE, world.SIZE), Image.BICUBIC)
     blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(6 * (1 - done)))
     return np.asarray(Image.blend(blurred, noise, 0.8 * (1 - done) ** 2))
 
 
 def spoil(things, rng):
-    """A scene as a generator may get it wrong: an object lost, of another colour or shape; half are right."""
-    i, kind = rng.randrange(len(things)), rng.random()
+    """A scene as a generator may get it wrong. Half of them are right.
+
+    The others have an object lost, of another colour or of another shape.
+    """
+    i = rng.randrange(len(things))
+    kind = rng.random()
     if kind < 0.2 and len(things) > 1:
         return things[:i] + things[i + 1 :]
     changes = {}
@@ -239,72 +329,92 @@ def spoil(things, rng):
         changes["color"] = rng.choice(list(PALETTE))
     elif 0.35 <= kind < 0.5:
         changes["shape"] = rng.choice(list(world.SHAPE_WORDS))
-    return [*things[:i], things[i]._replace(**changes), *things[i + 1 :]]
+    return things[:i] + [things[i]._replace(**changes)] + things[i + 1 :]
 
 
-# ---- tasks: (image or None, question, answer, what a check of the answer needs) ----
-# easy: the share of examples that repeat the prompt, or show one object: from them a model learns to
-# copy and to see far sooner.
+# ---- tasks ----
+# Each returns (image or None, question, answer, what a check of the answer needs). `easy` is an extra share
+# of examples that repeat the prompt or show a single object: from these a model learns to copy and to see far
+# sooner.
+def in_tags(answer):
+    """An answer as the model writes it."""
+    return f"<answer>{answer}</answer>"
+
+
 def sample_rewrite(rng, easy=0.0):
+    """A prompt to reword, without an image."""
     content = any_content(rng)
     prompt = any_wording(content, rng)
-    (answer,) = following(prompt, lambda: (rewrite(content, rng),))
-    if rng.random() < 0.1 + easy:  # a prompt that may be detailed already stays as it is
+    answer = rewrite_following(prompt, content, rng)
+    if rng.random() < 0.1 + easy:  # a prompt that is detailed already stays as it is
         prompt = answer
-    return None, REWRITE.format(prompt=prompt), f"<answer>{answer}</answer>", content
+    return None, REWRITE.format(prompt=prompt), in_tags(answer), content
 
 
 def sample_refine(rng, easy=0.0):
-    """Three answers of four keep what the preview shows right, where it is, and say what it lacks; one
-    question of five comes before there is a preview.
+    """A prompt to improve, given a preview of the image.
+
+    Three answers in four keep what the preview shows right, where it is, and say what it lacks. One question
+    in five comes before there is a preview.
     """
-    content, done = any_content(rng), rng.random()
+    content = any_content(rng)
+    done = rng.random()
     prompt = any_wording(content, rng)
     if content["tag"] == "text":
-        image, answer = world.draw_text(content["text"], rng), rewrite(content, rng)
+        image = world.draw_text(content["text"], rng)
+        answer = rewrite(content, rng)
     else:
-        things, answer = following(prompt, lambda: scene(content, rng))
+        things, answer = scene_following(prompt, content, rng)
         image = world.draw(spoil(things, rng))
-    reworded, other = (following(prompt, lambda: (rewrite(content, rng),))[0] for _ in range(2))
+    reworded = rewrite_following(prompt, content, rng)
+    other = rewrite_following(prompt, content, rng)
     current = rng.choice((prompt, reworded))
     question = REFINE.format(prompt=prompt, current=current, percent=round(10 * done) * 10)
     if rng.random() < 0.25:
         answer = other
     image = preview(image, done, rng)
     if rng.random() < 0.2:
-        image, question, answer = None, REFINE_BLIND.format(prompt=prompt, current=current), other
-    return image, question, f"<answer>{answer}</answer>", content
+        question = REFINE_BLIND.format(prompt=prompt, current=current)
+        return None, question, in_tags(other), content
+    return image, question, in_tags(answer), content
 
 
 def edit_answers(source, instruction, target, content):
-    """The instruction as it is, with the object's colour and place, and what the target shows."""
+    """Three right answers: the instruction, the same with colour and place, and what the target shows."""
     if content["tag"] == "add":
-        where = f"{instruction} {world.place(target[-1].x, target[-1].y)}"
+        new = target[-1]
+        exact_instruction = f"{instruction} {world.place(new.x, new.y)}"
     else:
         thing = source[0]
         exact = f"the {thing.color} {thing.shape} {world.place(thing.x, thing.y)}"
-        where = instruction.replace(f"the {thing.shape}", exact, 1)
-    return instruction, where, world.detailed(content, target)
+        exact_instruction = instruction.replace(f"the {thing.shape}", exact, 1)
+    return instruction, exact_instruction, world.detailed(content, target)
 
 
 def sample_edit(rng, easy=0.0):
+    """An instruction to make clearer, given the source image."""
     source, instruction, target, content = world.sample_edit(rng)
     answers = edit_answers(source, instruction, target, content)
     answer = rng.choice(answers)
-    return world.draw(source), EDIT.format(prompt=instruction), f"<answer>{answer}</answer>", answers
+    return world.draw(source), EDIT.format(prompt=instruction), in_tags(answer), answers
 
 
 def sample_caption(rng, easy=0.0):
-    content = rng.choice(world.CONTENTS["colors"]) if rng.random() < easy else any_content(rng)
+    """An image to describe."""
+    if rng.random() < easy:
+        content = rng.choice(world.CONTENTS["colors"])
+    else:
+        content = any_content(rng)
     if content["tag"] == "text":
-        image, things = world.draw_text(content["text"], rng), []
+        things = []
+        image = world.draw_text(content["text"], rng)
     else:
         things = world.realise(content, rng)
         image = world.draw(things)
     return image, CAPTION, world.detailed(content, things), content
 
 
-TASKS = {  # name: (sampler, rows of a batch)
+TASKS = {  # name -> (sampler, rows of a batch)
     "rewrite": (sample_rewrite, 14),
     "refine": (sample_refine, 4),
     "edit": (sample_edit, 2),
@@ -317,4 +427,6 @@ def sentences(rng, count):
     """Questions and answers in plain text, for the tokenizer to find its words in."""
     for sampler, _ in TASKS.values():
         for _ in range(count):
-            yield from sampler(rng)[1:3]
+            _, question, answer, _ = sampler(rng)
+            yield question
+            yield answer

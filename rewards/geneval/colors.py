@@ -31,16 +31,21 @@ class ColorClassifier:
     """
 
     def __init__(self, clip):
-        self.clip, self.cache = clip, {}
+        self.clip = clip
+        self.cache = {}  # {class name: its descriptions}
 
     def descriptions(self, name):
         """(10, D), a row of length 1 for each colour of that class of objects."""
         if name not in self.cache:
-            texts = [sentence.format(color=color, name=name) for color in COLORS for sentence in SENTENCES]
+            texts = []
+            for color in COLORS:
+                for sentence in SENTENCES:
+                    texts.append(sentence.format(color=color, name=name))
             embeds = self.clip.text_embeds(texts).view(len(COLORS), len(SENTENCES), -1)
             self.cache[name] = F.normalize(embeds.mean(dim=1), dim=1)
         return self.cache[name]
 
     def __call__(self, image, box, mask, name):
         embed = self.clip.image_embeds(cut_out(image, box, mask)[None])[0]
-        return COLORS[int((self.descriptions(name) @ embed).argmax())]
+        similarity = self.descriptions(name) @ embed  # (10,)
+        return COLORS[int(similarity.argmax())]

@@ -1,8 +1,16 @@
 """What GenEval's rule and its detectors share: a detection, and the benchmark's words. Imports nothing."""
 
-from collections import namedtuple
+from typing import NamedTuple
 
-Detection = namedtuple("Detection", "class_name box score color")  # box in pixels: x0, y0, x1, y1
+
+class Detection(NamedTuple):
+    """An object that a detector found in an image."""
+
+    class_name: str
+    box: tuple  # in pixels: x0, y0, x1, y1
+    score: float
+    color: str | None
+
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 CLASSES = tuple(  # COCO's 80 in its order and GenEval's words: computer mouse, tv remote, computer keyboard

@@ -6,11 +6,12 @@ GenEval's own code runs mmdet's Mask2Former; the steps here are those of mmdet's
   after   mask logits upsampled to the padded input, cropped, resized to the image; the 100 most probable
           pairs of query and class; score = class probability * mean mask probability over the mask's pixels
   kept    scores above 0.3, above 0.9 for counting prompts
-transformers' own image processor does both differently: it stretches to a multiple of 32 instead of padding,
-and makes masks of 384 x 384. The resize is antialiased, as there; mmdet's is not (images above 800 pixels).
+transformers' own image processor does both differently: it stretches to a multiple of 32 instead of
+padding, and makes masks of 384 x 384. The resize is antialiased, as there; mmdet's is not, which shows for
+images above 800 pixels.
 
-The default weights are not mmdet's but of another training run: scores near 0.9 differ, and with them counts.
-No number of theirs is "GenEval" before it was compared with the official code's on the same images.
+The default weights are not mmdet's but come from another training run: scores near 0.9 differ, and with them
+counts. None of their numbers is "GenEval" before it was compared with the official code's on the same images.
 """
 
 from collections import Counter
@@ -20,13 +21,18 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Mask2FormerModel, Mask2FormerPreTrainedModel
 
-from rewards import BadInput
+from rewards.errors import BadInput
 from rewards.geneval.detection import CLASSES, MAX_OBJECTS, Detection
+from rewards.geneval.rule import asked_color
 from rewards.weights import from_hub
 
-SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32  # pixels of the detector's input
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a score counts when it is above, not at, the threshold
+SHORT_SIDE = 800  # pixels of the detector's input
+LONG_SIDE = 1333
+DIVISOR = 32
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+THRESHOLD = 0.3  # a score counts when it is above, not at, the threshold
+COUNTING_THRESHOLD = 0.9
 MAX_INSTANCES = 100  # pairs of query and class that are looked at
 
 
@@ -48,7 +54,7 @@ class Mask2Former(Mask2FormerPreTrainedModel):
         self.post_init()
 
     def forward(self, pixels):
-        # no pixel_mask: the model takes one but ignores it, and mmdet's, too, treats the padding as image
+        # No pixel_mask: the model takes one but ignores it, and mmdet's, too, treats the padding as image.
         output = self.model(pixels, output_hidden_states=True)
         # (Q, B, D) after the decoder's last norm, which transformer_decoder_last_hidden_state lacks
         queries = output.transformer_decoder_intermediate_states[-1]
@@ -60,12 +66,16 @@ def preprocess(images):
     (h, w) of its part that is image; the rest, at the right and the bottom, is zero."""
     height, width = images.shape[-2:]
     scale = min(SHORT_SIDE / min(height, width), LONG_SIDE / max(height, width))
-    h, w = int(height * scale + 0.5), int(width * scale + 0.5)
+    h = int(height * scale + 0.5)
+    w = int(width * scale + 0.5)
     # 8 bits before and after the resize: the detector was trained on, and GenEval reads, saved pictures
     images = (images.float() * 255).round()
-    images = F.interpolate(images, (h, w), mode="bilinear", antialias=True).round() / 255
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
-    return F.pad((images - mean) / std, (0, -w % DIVISOR, 0, -h % DIVISOR)), (h, w)
+    images = F.interpolate(images, (h, w), mode="bilinear", antialias=True)
+    images = images.round() / 255
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    padding = (0, -w % DIVISOR, 0, -h % DIVISOR)
+    return F.pad((images - mean) / std, padding), (h, w)
 
 
 def find_instances(class_logits, mask_logits, padded, resized, original, threshold):
@@ -79,36 +89,51 @@ def find_instances(class_logits, mask_logits, padded, resized, original, thresho
     probability = class_logits.softmax(dim=1)[:, :-1].flatten()
     probability, index = probability.topk(min(MAX_INSTANCES, len(probability)))
     likely = probability > threshold  # no score is above its probability: the other masks need not be made
-    probability, index = probability[likely], index[likely]
-    logits = mask_logits.new_zeros(0, *original)
-    if len(index):  # interpolate takes no empty batch
-        logits = F.interpolate(mask_logits[index // num_classes][None], padded, mode="bilinear")
-        logits = F.interpolate(logits[..., : resized[0], : resized[1]], original, mode="bilinear")[0]
+    probability = probability[likely]
+    index = index[likely]
+    logits = mask_logits.new_zeros((0,) + tuple(original))
+    if len(index) > 0:  # interpolate takes no empty batch
+        logits = mask_logits[index // num_classes][None]
+        logits = F.interpolate(logits, padded, mode="bilinear")
+        logits = logits[..., : resized[0], : resized[1]]
+        logits = F.interpolate(logits, original, mode="bilinear")[0]
     masks = logits > 0  # (N, H, W)
     area = masks.sum(dim=(1, 2)).clamp(min=1)  # an empty mask scores 0
-    scores = probability * (logits.sigmoid() * masks).sum(dim=(1, 2)) / area
+    inside = logits.sigmoid() * masks
+    scores = probability * inside.sum(dim=(1, 2)) / area
     order = scores.argsort(descending=True, stable=True)
     order = order[scores[order] > threshold]
-    scores, index, masks = scores[order], index[order], masks[order]
+    classes = index[order] % num_classes
+    return scores[order], classes, mask_boxes(masks[order]), masks[order]
 
-    low, high = [], []
-    for filled in (masks.any(dim=1), masks.any(dim=2)):  # the columns (N, W) and rows (N, H) of a mask
-        low.append(filled.int().argmax(dim=1))
-        high.append(filled.shape[1] - filled.flip(1).int().argmax(dim=1))
-    return scores, index % num_classes, torch.stack(low + high, dim=1), masks
+
+def mask_boxes(masks):
+    """The boxes of masks (N, H, W): (N, 4) int64 as x0, y0, x1, y1, with x1, y1 exclusive."""
+    x0, x1 = first_and_end(masks.any(dim=1))
+    y0, y1 = first_and_end(masks.any(dim=2))
+    return torch.stack([x0, y0, x1, y1], dim=1)
+
+
+def first_and_end(filled):
+    """Per row of filled (N, L) bool, the index of the first True, and one more than that of the last."""
+    first = filled.int().argmax(dim=1)
+    end = filled.shape[1] - filled.flip(1).int().argmax(dim=1)
+    return first, end
 
 
 class Detector:
-    """detector(images (B, 3, H, W) in [0, 1], metadata) -> a list of `Detection` an image, None where the
+    """detector(images (B, 3, H, W) in [0, 1], metadata) -> per image a list of `Detection`, or None where the
     model's output is not finite.
 
-    model: a `Mask2Former` of the 80 classes. colors: a `rewards.colors.ColorClassifier`, needed when a row
-    asks for a colour; only objects of the classes that are asked for with one get one. batch_size: images per
-    forward pass, memory and speed.
+    model: a `Mask2Former` of the 80 classes. colors: a `ColorClassifier`, needed when a row asks for a
+    colour; only objects of the classes that are asked for with one get one. batch_size: images per forward
+    pass, which sets memory and speed.
     """
 
     def __init__(self, model, colors=None, batch_size=8):
-        self.model, self.colors, self.batch_size = model.eval().requires_grad_(False), colors, batch_size
+        self.model = model.eval().requires_grad_(False)
+        self.colors = colors
+        self.batch_size = batch_size
 
     @torch.no_grad()
     def __call__(self, images, metadata):
@@ -116,34 +141,54 @@ class Detector:
         for chunk in images.split(self.batch_size):
             chunk = chunk.to(self.model.device, torch.float32)
             pixels, resized = preprocess(chunk)
-            for image, *logits in zip(chunk, *self.model(pixels)):
-                if not all(x.isfinite().all() for x in logits):
+            class_logits, mask_logits = self.model(pixels)
+            padded = pixels.shape[-2:]
+            original = chunk.shape[-2:]
+            for k, image in enumerate(chunk):
+                row = metadata[len(found)]
+                threshold = THRESHOLD
+                if row.get("tag") == "counting":
+                    threshold = COUNTING_THRESHOLD
+                finite = class_logits[k].isfinite().all() and mask_logits[k].isfinite().all()
+                if not finite:
                     found.append(None)
                     continue
-                row = metadata[len(found)]
-                threshold = COUNTING_THRESHOLD if row.get("tag") == "counting" else THRESHOLD
-                sizes = pixels.shape[-2:], resized, image.shape[-2:]
-                found.append(self.describe(image, row, *find_instances(*logits, *sizes, threshold)))
+                instances = find_instances(
+                    class_logits[k], mask_logits[k], padded, resized, original, threshold
+                )
+                found.append(self.describe(image, row, instances))
         return found
 
-    def describe(self, image, metadata, scores, classes, boxes, masks):
-        """The `Detection`s of one image, best first; the scorer takes at most MAX_OBJECTS of a class."""
-        asked = {clause["class"] for clause in metadata["include"] if "color" in clause}
-        detections, counts = [], Counter()
-        for score, label, box, mask in zip(scores.tolist(), classes.tolist(), boxes.tolist(), masks):
+    def describe(self, image, metadata, instances):
+        """The `Detection`s of one image, best first; the scorer takes at most MAX_OBJECTS of a class.
+
+        instances: as from `find_instances`.
+        """
+        asked = {clause["class"] for clause in metadata["include"] if asked_color(clause) is not None}
+        detections = []
+        counts = Counter()
+        scores, classes, boxes, masks = instances
+        for n, label in enumerate(classes.tolist()):
             name = CLASSES[label]
+            box = boxes[n].tolist()
             counts[name] += 1
-            if counts[name] <= MAX_OBJECTS:
-                color = self.colors(image, box, mask, name) if name in asked else None
-                detections.append(Detection(name, tuple(box), score, color))
+            if counts[name] > MAX_OBJECTS:
+                continue
+            color = None
+            if name in asked:
+                color = self.colors(image, box, masks[n], name)
+            detections.append(Detection(name, tuple(box), scores[n].item(), color))
         return detections
 
 
 def check_labels(config, name):
-    """BadInput unless the classes are COCO's 80 in COCO's order: they are matched by their number."""
+    """Raises BadInput unless the classes are COCO's 80 in COCO's order: they are matched by their number."""
     labels = [config.id2label[i] for i in range(config.num_labels)]
-    # by the last word, "mouse" of "computer mouse"; a few may differ, as "sofa" and "couch" do
-    same = sum(label.split()[-1:] == known.split()[-1:] for label, known in zip(labels, CLASSES))
+    same = 0
+    for label, known in zip(labels, CLASSES):
+        # by the last word, "mouse" of "computer mouse"; a few may differ, as "sofa" and "couch" do
+        if label.split()[-1:] == known.split()[-1:]:
+            same += 1
     if len(labels) != len(CLASSES) or same < 70:
         raise BadInput(
             f"{name} has {len(labels)} labels ({', '.join(labels[:3])}, ...), not COCO's 80 in COCO's order"
@@ -157,7 +202,7 @@ def load_detector(name, device, asks_colors):
     BadInput when the weights are missing or not such a model's.
     """
     model, info = from_hub(Mask2Former.from_pretrained, name, dtype=torch.float32, output_loading_info=True)
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    wrong = sorted(set(info["missing_keys"]) | set(info["unexpected_keys"]))
     if wrong:
         raise BadInput(
             f"{name} is no Mask2Former: {len(wrong)} weights missing or unknown, such as {wrong[0]}"

@@ -4,9 +4,11 @@ from functools import partial
 
 import torch
 
-from rewards import BadInput
+from rewards.errors import BadInput
 from rewards.geneval.detection import CLASSES, COLORS
-from rewards.geneval.rule import check_metadata, passes, soft_score
+from rewards.geneval.rule import asked_color, check_metadata, excluded_clauses, passes, soft_score
+
+COCO_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 
 
 class GenEval:
@@ -21,32 +23,33 @@ class GenEval:
     def details(self, images, prompts, metadata):
         """{"geneval", "geneval_soft", "geneval_strict", "geneval_official"}: each (B,) float32, NaN where the
         detector failed."""
-        rows = list(zip(self.detector(images, metadata), metadata))
-
-        def score(rule):
-            values = [float("nan") if found is None else float(rule(found, row)) for found, row in rows]
-            return torch.tensor(values, dtype=torch.float32, device=images.device)
-
-        soft, strict = score(soft_score), score(partial(passes, exact=True))
-        official = score(partial(passes, exact=False))
-        return {
-            "geneval": (soft + strict) / 2,
-            "geneval_soft": soft,
-            "geneval_strict": strict,
-            "geneval_official": official,
-        }
+        detected = self.detector(images, metadata)
+        scores = {}
+        for name, rule in (
+            ("geneval_soft", soft_score),
+            ("geneval_strict", partial(passes, exact=True)),
+            ("geneval_official", partial(passes, exact=False)),
+        ):
+            values = []
+            for detections, row in zip(detected, metadata):
+                values.append(float("nan") if detections is None else float(rule(detections, row)))
+            scores[name] = torch.tensor(values, dtype=torch.float32, device=images.device)
+        return {"geneval": (scores["geneval_soft"] + scores["geneval_strict"]) / 2} | scores
 
     def __call__(self, images, prompts, metadata):
         return self.details(images, prompts, metadata)["geneval"]
 
 
 def unknown_words(metadata, classes, colors):
-    """[(class or colour, prompt)] for all that a detector of these classes and colours doesn't know."""
+    """[(class or colour, metadata row)] for all that a detector of these classes and colours doesn't know."""
     found = []
     for row in metadata:
-        for clause in row["include"] + row.get("exclude", []):
-            words = [(clause["class"], classes)] + ([(clause["color"], colors)] if "color" in clause else [])
-            found += [(word, row.get("prompt", "")) for word, known in words if word not in known]
+        for clause in row["include"] + excluded_clauses(row):
+            if clause["class"] not in classes:
+                found.append((clause["class"], row))
+            color = asked_color(clause)
+            if color is not None and color not in colors:
+                found.append((color, row))
     return found
 
 
@@ -68,12 +71,20 @@ def make_geneval(metadata, device, model="facebook/mask2former-swin-small-coco-i
         return GenEval(lambda images, metadata: shapes.detect(images))
     not_coco = unknown_words(metadata, CLASSES, COLORS)
     if not_coco:
-        word, prompt = min(not_shapes, not_coco, key=len)[0]
+        word, row = min(not_shapes, not_coco, key=len)[0]  # of the detector that knows more of the words
+        place = f" ({row.place})" if getattr(row, "place", "") else ""
+        hint = f"; GenEval's name for it is {COCO_NAMES[word]!r}" if word in COCO_NAMES else ""
+        tiny_words = ", ".join(list(shapes.CLASSES) + list(shapes.PALETTE))
         raise BadInput(
-            f"geneval: no detector knows {word!r} of the prompt {prompt!r}: use GenEval's 80 classes and ten "
-            f"colours (rewards/geneval/detection.py), or only {', '.join((*shapes.CLASSES, *shapes.PALETTE))}"
+            f"geneval: no detector knows {word!r} of the prompt {row.get('prompt', '')!r}{place}: use "
+            "GenEval's 80 classes and ten colours (rewards/geneval/detection.py), or only "
+            f"{tiny_words}{hint}"
         )
     from rewards.geneval.mask2former import load_detector
 
-    asks_colors = any("color" in clause for row in metadata for clause in row["include"])
-    return GenEval(load_detector(model, device, asks_colors))
+    return GenEval(load_detector(model, device, any(asks_color(row) for row in metadata)))
+
+
+def asks_color(row):
+    """Whether a metadata row asks for the colour of anything."""
+    return any(asked_color(clause) is not None for clause in row["include"])

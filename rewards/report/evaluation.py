@@ -60,8 +60,8 @@ def shown_rows(num_rows, num_shown):
 def evaluate(name, sample, file, reward, batch_size, num_shown=16):
     """Scores a PromptFile; the processes share its rows. Returns an Evaluation.
 
-    sample: a function (prompts, rows) -> Samples. num_shown: how many pictures are kept, spread over the
-    file; all pictures of a large file would not fit in memory.
+    sample: a function (prompts, metadata, row numbers) -> Samples. num_shown: how many pictures are kept,
+    spread over the file; all pictures of a large file would not fit in memory.
     """
     rank, world_size = 0, 1
     if dist.is_initialized():
@@ -73,8 +73,8 @@ def evaluate(name, sample, file, reward, batch_size, num_shown=16):
     for start in tqdm(range(0, len(rows), batch_size), desc="evaluate", leave=False, disable=None):
         batch = rows[start : start + batch_size]
         prompts = [file.prompts[row] for row in batch]
-        samples = sample(prompts, batch)
         metadata = [file.metadata[row] for row in batch]
+        samples = sample(prompts, metadata, batch)
         for reward_name, values in reward.details(samples.images, prompts, metadata).items():
             share.scores.setdefault(reward_name, {}).update(zip(batch, values.tolist()))
         for k, row in enumerate(batch):

@@ -6,12 +6,7 @@ of a pair (the same start, private noise z) pass through a whole sampler exactly
 m' = A m + B, V' = A^2 V + std^2, C' = A^2 C.
 """
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +21,7 @@ from fdfo import (
     churn_schedule,
     churned_rollout,
     churned_step,
+    deal_tuples,
     diagnostics,
     draw_churn,
     draw_noise,
@@ -36,8 +32,8 @@ from fdfo import (
     train,
 )
 from rewards import BadInput
+from small_runs import Brightness, metrics, saved
 
-ROOT = Path(__file__).resolve().parents[2]
 F64 = torch.float64
 KINDS = ["raw", "logit-normal", "dirac"]
 
@@ -486,10 +482,22 @@ def test_ratio_is_limited(sign):
     h, dR = finite_difference(x_0.float(), values.float())
     velocity = (-sign * 0.2 * h).requires_grad_()
     log_ratio = pseudo_log_ratio(velocity, torch.zeros_like(h), h)
-    assert log_ratio.tolist() == [5.0 * sign] * 2
+    assert log_ratio.tolist() == [1.0 * sign] * 2
     loss = spo_loss(log_ratio, dR, 0.03)
     loss.sum().backward()
     assert loss.isfinite().all() and not velocity.grad.any()
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_within_the_limit_gradients_stay_moderate(advantage):
+    # |dL / dlog rho| is at most e (e - 1) / eps + e = 158 |A|. With a limit of 5 it would be 700,000 |A|
+    velocity = torch.linspace(-3, 3, 601, dtype=F64).view(-1, 1, 1, 1).requires_grad_()
+    zeros, ones = torch.zeros_like(velocity), torch.ones_like(velocity)
+    log_ratio = pseudo_log_ratio(velocity, zeros, ones)
+    slope = -2 * (velocity.detach() + 1)  # of log rho = -(v^2 + 2 v)
+    spo_loss(log_ratio, tensor(advantage), 0.03).sum().backward()
+    steepness = (velocity.grad / slope).nan_to_num(0).abs().max().item()
+    assert 100 < steepness < math.e * (math.e - 1) / 0.03 + math.e
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
@@ -531,7 +539,13 @@ def test_neighbours_are_pairs_and_pairs_do_not_mix():
 def test_diagnostics_count_what_left_the_trust_region_the_way_it_is_pushed():
     ratio, advantages = tensor(1.05, 1.05, 0.9, 0.9, 1.02, 1.05), tensor(1.0, -1.0, 1.0, -1.0, 1.0, 0.0)
     sums = diagnostics(tensor(1.0, 2.0), tensor(0.5, 0.25), ratio.log(), advantages, 0.03)
-    assert sums.tolist() == pytest.approx([3.0, 0.75, 0.37, 1.0, 1.0])
+    assert {name: value.item() for name, value in sums.items()} == {
+        "policy_loss": pytest.approx(3.0),
+        "kl": pytest.approx(0.75),
+        "ratio_mean": pytest.approx(0.37),
+        "clipfrac_positive": 1.0,
+        "clipfrac_negative": 1.0,
+    }
 
 
 # === algorithm: a small model, end to end ===
@@ -597,57 +611,22 @@ def test_training_on_a_constant_reward_changes_nothing():
 # === runs ===
 
 
-class Brightness:
-    """A reward without ties, on which rounding hardly shows; weight 0 makes it constant."""
-
-    def __init__(self, weight=10.0):
-        self.weight = weight
-
-    def details(self, images, prompts, metadata):
-        return {"reward": self.weight * images.flatten(1).mean(1)}
-
-
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-    """Flags of a short run: small(num_iterations=3) -> dict for Args. The reward is Brightness."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(rewards, "build", lambda *_: Brightness())
-    for name, lines in (("train", slice(0, None, 40)), ("eval", slice(0, 2))):
-        rows = (ROOT / f"tiny/prompts/{name}.jsonl").read_text().splitlines(keepends=True)[lines]
-        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+def small(small, write_prompts, monkeypatch, without_pictures):
+    """Flags of a short run: small(num_iterations=3) -> dict for Args. The reward has no ties, and rounding
+    hardly shows on it."""
+    monkeypatch.setattr(rewards, "build", lambda *_: Brightness(10.0, levels=None))
     flags = dict(
-        prompts=str(tmp_path / "train.jsonl"),
-        output_dir=str(tmp_path / "runs"),
-        num_prompts_per_iteration=2,
+        prompts=write_prompts(eval=2),
         num_images_per_prompt=2,
         num_inference_steps=3,
-        eval_num_inference_steps=2,
         num_iterations=1,
         num_updates_per_iteration=2,
         learning_rate=1e-4,
         churn_weight=0.03,
         kl_coef=0.0,
-        device="cpu",
     )
-    return lambda **changes: flags | changes
-
-
-def metrics(run_dir):
-    """The rows of metrics.jsonl without what depends on the clock."""
-    rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith("perf/")} for row in rows]
-
-
-def recorded(monkeypatch, name):
-    """Lists (arguments, result) of each call of fdfo's function of that name."""
-    function, calls = getattr(fdfo, name), []
-
-    def recording(*arguments):
-        calls.append((arguments, function(*arguments)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(fdfo, name, recording)
-    return calls
+    return lambda **changes: small(**flags | changes)
 
 
 @pytest.mark.parametrize(
@@ -659,8 +638,8 @@ def recorded(monkeypatch, name):
     ],
     ids=str,
 )
-def test_every_variant_runs_and_starts_on_policy(small, monkeypatch, changes):
-    rollouts = recorded(monkeypatch, "churned_rollout")
+def test_every_variant_runs_and_starts_on_policy(small, spy, changes):
+    rollouts = spy(fdfo, "churned_rollout")
     flags = small(num_images_per_prompt=4, num_iterations=2, num_updates_per_iteration=1, **changes)
     rows = metrics(train(Args(**flags)))
     assert [row["iteration"] for row in rows] == [0, 1, 2]
@@ -691,33 +670,36 @@ def test_every_variant_runs_and_starts_on_policy(small, monkeypatch, changes):
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.2])
 @pytest.mark.parametrize("case", ["no churn", "constant reward"])
-def test_without_differences_there_is_no_step(small, monkeypatch, case, kl_coef):
-    differences = recorded(monkeypatch, "finite_difference")
+def test_without_differences_there_is_no_step(small, monkeypatch, spy, case, kl_coef):
+    differences = spy(fdfo, "finite_difference")
     if case == "constant reward":
         monkeypatch.setattr(rewards, "build", lambda *_: Brightness(0.0))
+    else:
+        monkeypatch.setattr(fdfo, "draw_churn", lambda *arguments: torch.zeros_like(draw_churn(*arguments)))
     # at this learning rate even the weight decay of a step with gradient zero would show
-    changes = dict(churn_weight=0.0 if case == "no churn" else 0.03, learning_rate=0.1, kl_coef=kl_coef)
-    run_dir = train(Args(**small(**changes)))
+    run_dir = train(Args(**small(learning_rate=0.1, kl_coef=kl_coef)))
     for (x_0, _), (_, dR) in differences:
         assert torch.equal(x_0[::2], x_0[1::2]) == (case == "no churn")
         assert not dR.any()
     row = metrics(run_dir)[1]
     assert row["losses/policy_loss"] == row["losses/kl"] == row["losses/grad_norm"] == 0
     assert row["losses/ratio_mean"] == 0
-    weights = torch.load(run_dir / "checkpoint/state.pt", weights_only=True)["weights"]
+    weights = saved(run_dir)["weights"]
     base = SD3Transformer2DModel.from_pretrained("tiny/sd3/transformer").state_dict()
     assert len(weights) > 20 and all(torch.equal(base[name], value) for name, value in weights.items())
 
 
-def test_a_lone_pair_with_a_difference_is_trained_on(small, monkeypatch):
-    # ties are left out, also when none are left for an update or a batch
-    class OneDiffers(Brightness):
-        def details(self, images, prompts, metadata):
-            return {"reward": torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])}
+class OneDiffers:
+    """Of eight images, one has another reward than the rest."""
 
+    def details(self, images, prompts, metadata):
+        return {"reward": torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])[: len(images)]}
+
+
+def test_a_lone_pair_with_a_difference_is_trained_on(small, monkeypatch, spy):
+    # ties are left out, also when none are left for an update or a batch
     monkeypatch.setattr(rewards, "build", lambda *_: OneDiffers())
-    monkeypatch.setattr(rewards, "evaluate", lambda *_: ({"reward": {0: 0.0}}, {0: torch.zeros(3, 8, 8)}))
-    calls = recorded(monkeypatch, "spo_loss")
+    calls = spy(fdfo, "spo_loss")
     flags = small(num_images_per_prompt=4, num_prompts_per_iteration=2, num_inference_steps=2)
     row = metrics(train(Args(**flags)))[1]
     used = torch.cat([advantages for (_, advantages, _), _ in calls])
@@ -725,7 +707,26 @@ def test_a_lone_pair_with_a_difference_is_trained_on(small, monkeypatch):
     assert row["losses/grad_norm"] > 0
 
 
-def test_each_tuple_is_used_once_with_its_own_direction_and_reward(small, monkeypatch):
+def test_tuples_are_dealt_once_and_in_one_order_for_any_number_of_processes():
+    dR = torch.tensor([1.0, -1.0, 2.0, -2.0, 0.0, 0.0, 3.0, -3.0])
+    whole = deal_tuples(range(8), dR, 8, 6, 3, seed=1, iteration=2)
+    found = []
+    for update in whole:
+        found += zip(update.images.tolist(), update.steps.tolist())
+    assert len(whole) == 3 and found != sorted(found)
+    assert sorted(found) == [(image, step) for image in (0, 1, 2, 3, 6, 7) for step in range(6)]
+    for first in (0, 4):
+        part = deal_tuples(range(first, first + 4), dR[first : first + 4], 8, 6, 3, seed=1, iteration=2)
+        for update, own in zip(whole, part):
+            is_here = (update.images >= first) & (update.images < first + 4)
+            assert torch.equal(update.images[is_here] - first, own.images)
+            assert torch.equal(update.steps[is_here], own.steps)
+    for seed, iteration in ((1, 3), (2, 2)):
+        other = deal_tuples(range(8), dR, 8, 6, 3, seed, iteration)
+        assert not torch.equal(other[0].images, whole[0].images)
+
+
+def test_each_tuple_is_used_once_with_its_own_direction_and_reward(small, monkeypatch, spy):
     P, K, T, U = 2, 4, 3, 2
     B, events, seen = P * K, [], []
 
@@ -747,7 +748,7 @@ def test_each_tuple_is_used_once_with_its_own_direction_and_reward(small, monkey
     monkeypatch.setattr(fdfo, "finite_difference", tagged)
     monkeypatch.setattr(fdfo, "pseudo_log_ratio", log_ratio)
     monkeypatch.setattr(fdfo, "spo_loss", loss)
-    rollouts = recorded(monkeypatch, "churned_rollout")
+    rollouts = spy(fdfo, "churned_rollout")
     flags = dict(num_inference_steps=T, num_updates_per_iteration=U, num_images_per_prompt=K)
     train(Args(**small(micro_batch_size=5, **flags)))
 
@@ -785,44 +786,75 @@ def test_resume_after_an_interruption_equals_an_uninterrupted_run(small, interru
     assert [row["iteration"] for row in expected] == [0, 1, 2, 3]
 
 
-RANK = """
-import json, sys, fdfo, rewards, test_fdfo
-rewards.build = lambda *_: test_fdfo.Brightness()
-fdfo.train(fdfo.Args(**json.loads(sys.argv[1])))
-"""
+def unrounded_brightness():
+    """In another process: the reward of `small`."""
+    rewards.build = lambda *_: Brightness(10.0, levels=None)
 
 
-def test_two_processes_give_the_first_loss_of_one(small):
+def test_two_processes_give_the_first_loss_of_one(small, start_processes):
     # pairs differ in their churn, which the second process must not draw as if its pairs were the first
     flags = small(num_prompts_per_iteration=4, churn="logit-normal", churn_weight=0.5)
+    wait = start_processes(fdfo, flags, prepare=unrounded_brightness)
     alone = train(Args(**flags | {"output_dir": flags["output_dir"] + "a"}))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # what torchrun sets; its own rendezvous takes minutes on a machine whose name does not resolve
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    common["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    ranks = [os.environ | common | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    command = [sys.executable, "-c", RANK, json.dumps(flags)]
-    processes = [subprocess.Popen(command, env=environment) for environment in ranks]
-    assert [process.wait() for process in processes] == [0, 0]
-    (both,) = Path(flags["output_dir"]).iterdir()
+    both = wait()
     one, two = metrics(alone)[1], metrics(both)[1]
     for name in ("losses/policy_loss", "losses/ratio_first", "charts/reward_mean"):
         assert two[name] == pytest.approx(one[name], rel=0, abs=1e-5), name
     assert two["losses/grad_norm"] == pytest.approx(one["losses/grad_norm"], rel=1e-2) != 0
 
 
+class OnePrompt(Brightness):
+    """Images of one prompt have different rewards, all others the same."""
+
+    def __init__(self, prompt):
+        super().__init__(10.0, levels=None)
+        self.prompt = prompt
+
+    def details(self, images, prompts, metadata):
+        brightness = super().details(images, prompts, metadata)["reward"]
+        is_prompt = torch.tensor([prompt == self.prompt for prompt in prompts])
+        return {"reward": torch.where(is_prompt, brightness, 1.0)}
+
+
+def one_prompt_counts():
+    """In each process: rewards that differ for the first drawn prompt alone, which the first process has."""
+    row = fdfo.draw_prompts(10, 4, seed=1, iteration=1)[0]
+    rewards.build = lambda spec, prompts, metadata, device: OnePrompt(prompts[row])
+
+
+def test_a_process_without_tuples_takes_part_in_every_update(small, monkeypatch, start_processes):
+    flags = small(num_prompts_per_iteration=4)
+    wait = start_processes(fdfo, flags, prepare=one_prompt_counts)
+    monkeypatch.setattr(rewards, "build", rewards.build)  # to be restored
+    one_prompt_counts()
+    alone = train(Args(**flags | {"output_dir": flags["output_dir"] + "a"}))
+    one, two = metrics(alone)[1], metrics(wait())[1]
+    assert one["charts/zero_std_fraction"] == 0.75 and one["losses/grad_norm"] > 0
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, rel=1e-2, abs=1e-5), name
+
+
+def test_several_updates_at_a_high_rate_do_not_explode(small, spy):
+    ratios = spy(fdfo, "pseudo_log_ratio")
+    flags = dict(num_prompts_per_iteration=16, num_updates_per_iteration=4, learning_rate=3e-3)
+    row = metrics(train(Args(**small(**flags))))[1]
+    largest = max(log_ratio.abs().max().item() for _, log_ratio in ratios)
+    assert largest == 1.0
+    assert row["losses/grad_norm"] < 100
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(num_images_per_prompt=3), "--num-images-per-prompt must be even"),
-        (dict(churn_weight=-0.01), "--churn-weight not negative"),
+        (dict(num_images_per_prompt=3), "--num-images-per-prompt 3 must be even"),
+        (dict(num_images_per_prompt=0), "--num-images-per-prompt must be at least 2"),
+        (dict(churn_weight=-0.01), "--churn-weight must be at least 1e-06"),
+        (dict(churn_weight=0.0), "--churn-weight must be at least 1e-06"),  # pairs would be identical
     ],
     ids=str,
 )
-def test_bad_input_is_refused_before_a_model_is_loaded(small, monkeypatch, changes, message):
-    loaded = recorded(monkeypatch, "load_model")
+def test_bad_input_is_refused_before_a_model_is_loaded(small, spy, changes, message):
+    loaded = spy(fdfo, "load_model")
     with pytest.raises(BadInput, match=message):
         train(Args(**small(**changes)))
     assert not loaded and not Path(small()["output_dir"]).exists()

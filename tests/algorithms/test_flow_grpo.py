@@ -8,14 +8,20 @@ whole sampler exactly, without sampling: m' = A m + B, V' = A^2 V + std^2.
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from peft import LoraConfig
 from torch.distributions import Normal, kl_divergence
+from torch.multiprocessing import spawn
 
 from flow_grpo import (
     Args,
+    Conditions,
+    TrainedStep,
+    add_to,
     base_weights,
     clipped_loss,
     diagnostics,
@@ -29,13 +35,13 @@ from flow_grpo import (
     load_model,
     log_prob,
     normalised_log_ratio,
-    predict_velocity,
+    predict_sd3_velocity,
     rollout,
+    split_images,
     step_mean_std,
-    train,
+    sum_over_processes,
+    trained_parameters,
 )
-from rewards import BadInput
-from rewards.report import check_args
 
 F64 = torch.float64
 TYPES = ["flow", "cps"]
@@ -75,7 +81,8 @@ def propagate(sigmas, noise_level, sde_type="flow", steps=None):
     return m, V
 
 
-# The step of spec 8, number 6: x = .3, v = -.4, from t = .6 to .5. Index 1: index 0 stands for t = 1.
+# A step whose numbers were worked out by hand: x = .3, v = -.4, from t = .6 to .5. Its index is 1, since
+# index 0 stands for t = 1.
 GOLDEN = (tensor(0.3), tensor(-0.4), [1.0, 0.6, 0.5], 1)
 
 
@@ -249,6 +256,17 @@ def test_every_pass_has_every_prompt_once():
     )
 
 
+@pytest.mark.parametrize("num_prompts, count", [(1, 1), (1, 5), (4, 10), (7, 7), (12, 5), (384, 16)])
+def test_the_stream_is_one_permutation_per_epoch(num_prompts, count):
+    iterations = 3 * num_prompts // count + 2
+    drawn = [draw_prompts(num_prompts, count, 7, iteration) for iteration in range(1, iterations + 1)]
+    epochs = range(iterations * count // num_prompts + 1)
+    orders = [np.random.default_rng((7, 1, epoch)).permutation(num_prompts) for epoch in epochs]
+    stream = np.concatenate(orders)[: iterations * count]
+    assert np.concatenate(drawn).tolist() == stream.tolist()
+    assert all(type(index) is int for index in drawn[0])  # of NumPy's numbers, JSON knows none
+
+
 def test_more_prompts_than_the_file_has():
     rows = draw_prompts(4, 10, 1, 1)
     assert sorted(rows[:4]) == sorted(rows[4:8]) == [0, 1, 2, 3] and len(rows) == 10
@@ -276,6 +294,84 @@ def test_noise_does_not_depend_on_the_split(parts):
     assert torch.equal(torch.cat([draw_noise(part, 2, (3, 4, 4), 5, 9) for part in parts]), whole)
 
 
+SPLITS = {  # group sizes, updates
+    "equal": ([3] * 8, 2),
+    "unequal": ([1, 5, 3, 2, 4, 4, 1, 5], 2),
+    "one update": ([4, 1, 3, 2], 1),
+    "one prompt per share": ([2, 3, 5, 1, 4, 2, 1, 3], 2),
+    "one image per group": ([1] * 16, 4),
+}
+
+DIVISIBLE = [  # check_args refuses the others
+    (name, world_size)
+    for name, (sizes, num_updates) in SPLITS.items()
+    for world_size in (1, 2, 4)
+    if len(sizes) % (num_updates * world_size) == 0
+]
+
+
+def split_among(sizes, num_updates, micro_batch_size, world_size):
+    """Per process: the image numbers of each update, as a list of micro-batches."""
+    processes = []
+    for rank in range(world_size):
+        numbers, updates = split_images(sizes, max(sizes), num_updates, micro_batch_size, rank, world_size)
+        batches = [[numbers[images] for images in micro_batches] for micro_batches in updates]
+        # the slices are of whole batches, one after the other, up to the end
+        slices = [images for micro_batches in updates for images in micro_batches]
+        assert [images.start for images in slices] == [0, *(images.stop for images in slices[:-1])]
+        assert slices[-1].stop == len(numbers)
+        assert sum((numbers[images] for images in slices), []) == numbers
+        processes.append(batches)
+    return processes
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 5, 64])
+@pytest.mark.parametrize("name, world_size", DIVISIBLE)
+def test_every_image_is_sampled_once_with_its_group(name, world_size, micro_batch_size):
+    sizes, num_updates = SPLITS[name]
+    K = max(sizes)
+    expected = [prompt * K + k for prompt, size in enumerate(sizes) for k in range(size)]
+    processes = split_among(sizes, num_updates, micro_batch_size, world_size)
+    owner = {}
+    for rank, updates in enumerate(processes):
+        assert len(updates) == num_updates
+        for update, micro_batches in enumerate(updates):
+            assert all(len(batch) == micro_batch_size for batch in micro_batches[:-1])
+            assert 1 <= len(micro_batches[-1]) <= micro_batch_size
+            for number in sum(micro_batches, []):
+                assert number not in owner
+                owner[number] = rank, update
+    assert sorted(owner) == expected
+    for prompt, size in enumerate(sizes):  # a group stays in one process and in one update
+        assert len({owner[prompt * K + k] for k in range(size)}) == 1
+
+
+@pytest.mark.parametrize("name, world_size", DIVISIBLE)
+def test_an_update_has_the_same_images_for_any_number_of_processes(name, world_size):
+    sizes, num_updates = SPLITS[name]
+
+    def images_of_updates(world_size, micro_batch_size):
+        processes = split_among(sizes, num_updates, micro_batch_size, world_size)
+        updates = []
+        for update in range(num_updates):
+            batches = sum((process[update] for process in processes), [])
+            updates.append(sum(batches, []))
+        return updates
+
+    alone = images_of_updates(1, 64)
+    assert sum(alone, []) == sorted(sum(alone, []))  # updates take the prompts in their order
+    for micro_batch_size in (1, 3, 64):
+        assert images_of_updates(world_size, micro_batch_size) == alone
+
+
+def test_a_split_worked_out_by_hand():
+    # prompts 0 to 3 with 2, 3, 1 and 2 images, of 3 at most; two processes, two updates, micro-batches of 2
+    first = split_images([2, 3, 1, 2], 3, 2, 2, 0, 2)
+    second = split_images([2, 3, 1, 2], 3, 2, 2, 1, 2)
+    assert first == ([0, 1, 6], [[slice(0, 2)], [slice(2, 3)]])
+    assert second == ([3, 4, 5, 9, 10], [[slice(0, 2), slice(2, 3)], [slice(3, 5)]])
+
+
 @pytest.mark.parametrize("steps, width", [(2, 1), (5, 2), (8, 2), (8, 4), (10, 3), (10, 1), (40, 6)])
 def test_the_window_is_in_the_noisy_half(steps, width):
     windows = [draw_window(steps, width, 3, iteration) for iteration in range(1, 401)]
@@ -291,31 +387,6 @@ def test_no_window_has_the_last_step():
         for width in range(1, steps):
             window = draw_window(steps, width, 1, 1)
             assert len(window) == width and 0 <= window.start and window.stop <= steps - 1
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"num_prompts_per_iteration": 15}, "no multiple of 4"),
-        ({"num_prompts_per_iteration": 0}, "no multiple of 4"),
-        ({"num_prompts_per_iteration": 16, "num_updates_per_iteration": 3}, "no multiple of 6"),
-        ({"num_images_per_prompt": 1}, "at least 2"),
-        ({"num_inference_steps": 1}, "at least 2"),
-    ],
-)
-def test_bad_sizes_are_refused(change, message, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BadInput, match=message):
-        check_args(Args(device="cpu", **change), ["StableDiffusion3Pipeline"])
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [({"sde_window": 8}, "below --num-inference-steps"), ({"noise_level": 0.0}, "above 0")],
-)
-def test_a_sampler_without_noise_is_refused(change, message):
-    with pytest.raises(BadInput, match=message):
-        train(Args(device="cpu", **change))
 
 
 # === rollout ===
@@ -336,13 +407,14 @@ def test_rollout_is_ode_outside_of_the_window(window, sde_type):
     for i in range(8):
         v = curved_velocity(x, sigmas[i])
         if i in window:
-            x_t, x_next, mean, old_log_prob = next(steps)
+            step = next(steps)
+            assert isinstance(step, TrainedStep) and step.index == i
             expected, std = step_mean_std(x, v, sigmas, i, a, sde_type)
-            assert torch.equal(x_t, x) and torch.equal(mean, expected)
-            assert torch.equal(x_next, mean + std * noise[:, 1 + i - window.start])
-            assert torch.equal(old_log_prob, log_prob(x_next, mean, std))
-            assert all(part.dtype == torch.float32 for part in (x_t, x_next, mean, old_log_prob))
-            x = x_next
+            assert torch.equal(step.x_t, x) and torch.equal(step.mean, expected)
+            assert torch.equal(step.x_next, step.mean + std * noise[:, 1 + i - window.start])
+            assert torch.equal(step.log_prob, log_prob(step.x_next, step.mean, std))
+            assert all(tensor.dtype == torch.float32 for tensor in step[1:])
+            x = step.x_next
         else:
             x = x + (sigmas[i + 1] - sigmas[i]) * v
     assert torch.equal(x, x_0)
@@ -352,9 +424,9 @@ def test_rollout_is_ode_outside_of_the_window(window, sde_type):
 def test_the_path_is_contiguous(sde_type):
     noise = draw_noise(range(3), 8, (2, 4, 4), 1, 1)
     x_0, path = rollout(curved_velocity, noise, shifted_grid(8), range(7), 0.7, sde_type)
-    assert torch.equal(path[0][0], noise[:, 0])
-    assert all(torch.equal(a[1], b[0]) for a, b in zip(path, path[1:]))
-    assert not torch.equal(path[-1][1], x_0)  # an ODE step follows
+    assert torch.equal(path[0].x_t, noise[:, 0])
+    assert all(torch.equal(a.x_next, b.x_t) for a, b in zip(path, path[1:]))
+    assert not torch.equal(path[-1].x_next, x_0)  # an ODE step follows
 
 
 def test_rollout_without_noise_is_the_ode_for_both_types():
@@ -529,13 +601,13 @@ def test_a_linear_velocity_learns_the_target(ratio_norm):
     for _ in range(100):
         noise = torch.randn(K, 2, 1, 1, 1, generator=generator)
         x_0, path = rollout(lambda x, t: theta[0] * x + theta[1], noise, sigmas, range(1), a, "flow")
-        (x_t, x_next, old_mean, old_log_prob), reward = path[0], -((x_0 - c) ** 2).view(1, K)
+        old, reward = path[0], -((x_0 - c) ** 2).view(1, K)
         advantages = group_advantages(reward, "group")[0]
         for _ in range(2):
-            mean, std = step_mean_std(x_t, theta[0] * x_t + theta[1], sigmas, 0, a, "flow")
-            log_ratio = log_prob(x_next, mean, std) - old_log_prob
+            mean, std = step_mean_std(old.x_t, theta[0] * old.x_t + theta[1], sigmas, 0, a, "flow")
+            log_ratio = log_prob(old.x_next, mean, std) - old.log_prob
             if ratio_norm:
-                log_ratio = normalised_log_ratio(log_ratio, mean, old_mean, std)
+                log_ratio = normalised_log_ratio(log_ratio, mean, old.mean, std)
             optimizer.zero_grad()
             clipped_loss(log_ratio, advantages, 0.2).mean().backward()
             optimizer.step()
@@ -548,7 +620,10 @@ def test_diagnostics():
     policy_loss, kl = tensor(1, 2, 3, 4, 5, 6), tensor(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     # clipped: a ratio above 1.2 with a positive advantage (2), one below 0.8 with a negative one (1)
     sums = diagnostics(policy_loss, kl, ratio.log(), advantages, 0.2)
-    torch.testing.assert_close(sums, tensor(21, 2.1, 2.35, 2, 1))
+    assert all(value.shape == () for value in sums.values())
+    assert {name: value.item() for name, value in sums.items()} == pytest.approx(
+        {"policy_loss": 21, "kl": 2.1, "ratio_mean": 2.35, "clipfrac_positive": 2, "clipfrac_negative": 1}
+    )
 
 
 def test_diagnostics_count_what_has_no_gradient():
@@ -558,9 +633,54 @@ def test_diagnostics_count_what_has_no_gradient():
     clipped_loss(log_ratio, advantages, 0.2).sum().backward()
     clipped = log_ratio.grad == 0
     zeros = torch.zeros(1000)
-    _, _, _, positive, negative = diagnostics(zeros, zeros, log_ratio, advantages, 0.2).tolist()
-    assert positive == (clipped & (advantages > 0)).sum() > 50
-    assert negative == (clipped & (advantages < 0)).sum() > 50
+    sums = diagnostics(zeros, zeros, log_ratio, advantages, 0.2)
+    assert sums["clipfrac_positive"] == (clipped & (advantages > 0)).sum() > 50
+    assert sums["clipfrac_negative"] == (clipped & (advantages < 0)).sum() > 50
+
+
+def test_sums_of_micro_batches_add_up_by_name():
+    generator = torch.Generator().manual_seed(0)
+    loss, kl, log_ratio, advantages = torch.randn(4, 12, dtype=F64, generator=generator)
+    whole = diagnostics(loss, kl, log_ratio, advantages, 0.2)
+    totals = {}
+    for rows in (slice(0, 5), slice(5, 6), slice(6, 12)):
+        add_to(totals, diagnostics(loss[rows], kl[rows], log_ratio[rows], advantages[rows], 0.2))
+    assert list(totals) == list(whole)
+    for name, value in whole.items():
+        torch.testing.assert_close(totals[name], value, rtol=1e-12, atol=1e-12)
+
+
+def test_adding_leaves_other_names_and_what_is_added_alone():
+    totals, values = {"kl": tensor(1.0), "loss": tensor(5.0)}, {"kl": tensor(2.0), "clipped": tensor(3.0)}
+    add_to(totals, values)
+    assert totals == {"kl": tensor(3.0), "loss": tensor(5.0), "clipped": tensor(3.0)}
+    assert values == {"kl": tensor(2.0), "clipped": tensor(3.0)}
+    add_to(totals, values)
+    assert totals["clipped"] == 6 and values["clipped"] == 3
+
+
+def test_one_process_sums_nothing():
+    tensors = [tensor(1.0, 2.0), tensor(3.0)]
+    sum_over_processes(tensors)
+    assert tensors[0].tolist() == [1, 2] and tensors[1].tolist() == [3]
+
+
+def sum_tensors(rank, count, init_file, result_file):
+    """One of several processes: sums a scalar, a gradient and a float64, each different in every process."""
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=count)
+    tensors = [torch.tensor(rank + 2.0), torch.full((2, 3), 10.0**rank), tensor(0.5 * rank, -rank)]
+    sum_over_processes(tensors)
+    torch.save(tensors, f"{result_file}{rank}")
+    dist.destroy_process_group()
+
+
+def test_a_sum_over_two_processes_is_the_same_in_each(tmp_path):
+    spawn(sum_tensors, args=(2, str(tmp_path / "init"), str(tmp_path / "sums")), nprocs=2)
+    for rank in range(2):
+        tensors = torch.load(tmp_path / f"sums{rank}", weights_only=True)
+        assert tensors[0] == 5  # in place: what train holds is what it gets
+        assert torch.equal(tensors[1], torch.full((2, 3), 11.0))
+        assert torch.equal(tensors[2], tensor(0.5, -1.0))
 
 
 # === model ===
@@ -600,42 +720,56 @@ def tiny_transformer(lora=False, seed=0):
 
 
 def inputs(count, seed=0, tokens=5):
-    """x_t (B, C, h, w), embeds ((B, L, D), (B, D)), negative ((1, L, D), (1, D))."""
+    """x_t (B, C, h, w), the Conditions of B prompts and of one negative prompt."""
     torch.manual_seed(seed)
-    x_t, embeds = torch.randn(count, 8, 8, 8), (torch.randn(count, tokens, 32), torch.randn(count, 16))
-    return x_t, embeds, (torch.randn(1, tokens, 32), torch.randn(1, 16))
+    x_t = torch.randn(count, 8, 8, 8)
+    conditions = Conditions(torch.randn(count, tokens, 32), torch.randn(count, 16))
+    return x_t, conditions, Conditions(torch.randn(1, tokens, 32), torch.randn(1, 16))
 
 
-def call(transformer, x_t, t, embeds, pooled):
+def in_dtype(conditions, dtype):
+    return Conditions(conditions.embeds.to(dtype), conditions.pooled.to(dtype))
+
+
+def call(transformer, x_t, t, embeds, pooled, source=None):
     timestep = torch.full((len(x_t),), 1000 * t)
     return transformer(x_t, encoder_hidden_states=embeds, pooled_projections=pooled, timestep=timestep).sample
 
 
 def test_guidance_one_is_the_conditional_velocity():
-    transformer, (x_t, embeds, negative) = tiny_transformer(), inputs(3)
-    velocity = predict_velocity(transformer, x_t, 0.7, embeds, negative, 1.0)
+    transformer, (x_t, conditions, negative) = tiny_transformer(), inputs(3)
+    velocity = predict_sd3_velocity(transformer, x_t, 0.7, conditions, negative, 1.0)
     assert velocity.dtype == torch.float32 and velocity.shape == x_t.shape and velocity.requires_grad
-    assert torch.equal(velocity, call(transformer, x_t, 0.7, *embeds))
-    assert torch.equal(
-        velocity, predict_velocity(transformer, x_t, 0.7, embeds, None, 1)
-    )  # negative is unused
+    assert torch.equal(velocity, call(transformer, x_t, 0.7, *conditions))
 
 
-@pytest.mark.parametrize("w", [0.0, 2.0, 4.5])
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5, 1])
+def test_up_to_a_scale_of_one_there_is_no_guidance(scale):
+    # diffusers' rule. A scale of 0 must not draw without the prompt
+    transformer, (x_t, conditions, _) = tiny_transformer(), inputs(3)
+    velocity = predict_sd3_velocity(
+        transformer, x_t, 0.7, conditions, None, scale
+    )  # the negative prompt is unused
+    assert torch.equal(velocity, call(transformer, x_t, 0.7, *conditions))
+
+
+@pytest.mark.parametrize("w", [1.25, 2.0, 4.5])
 def test_guidance_is_classifier_free(w):
-    transformer, (x_t, embeds, negative) = tiny_transformer(), inputs(3)
-    conditional = call(transformer, x_t, 0.7, *embeds)
-    unconditional = call(transformer, x_t, 0.7, *(part.expand(3, *part.shape[1:]) for part in negative))
+    transformer, (x_t, conditions, negative) = tiny_transformer(), inputs(3)
+    conditional = call(transformer, x_t, 0.7, *conditions)
+    unconditional = call(
+        transformer, x_t, 0.7, *(tensor.expand(3, *tensor.shape[1:]) for tensor in negative[:2])
+    )
     expected = unconditional + w * (conditional - unconditional)
-    actual = predict_velocity(transformer, x_t, 0.7, embeds, negative, w)
+    actual = predict_sd3_velocity(transformer, x_t, 0.7, conditions, negative, w)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     assert (actual - conditional).abs().max() > 1e-2  # the prompt matters, even to a random network
 
 
 def test_guidance_has_gradient_in_both_branches():
-    transformer, (x_t, embeds, negative) = tiny_transformer(), inputs(3)
-    parts = [part.requires_grad_() for part in (*embeds, *negative)]
-    predict_velocity(transformer, x_t, 0.7, embeds, negative, 4.5).square().sum().backward()
+    transformer, (x_t, conditions, negative) = tiny_transformer(), inputs(3)
+    parts = [tensor.requires_grad_() for tensor in (*conditions[:2], *negative[:2])]
+    predict_sd3_velocity(transformer, x_t, 0.7, conditions, negative, 4.5).square().sum().backward()
     assert all(part.grad.abs().max() > 0 for part in parts)
 
 
@@ -645,14 +779,14 @@ def test_guidance_has_gradient_in_both_branches():
 )
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
 def test_log_prob_does_not_depend_on_the_batch(dtype, limit, guidance_scale):
-    transformer, (x_t, embeds, negative) = tiny_transformer().to(dtype), inputs(4)
-    embeds, negative = ([part.to(dtype) for part in parts] for parts in (embeds, negative))
+    transformer, (x_t, conditions, negative) = tiny_transformer().to(dtype), inputs(4)
+    conditions, negative = in_dtype(conditions, dtype), in_dtype(negative, dtype)
     sigmas, z = shifted_grid(10), torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(1))
 
     def log_probs(rows, i, x_next=None):
-        x, parts = x_t[rows], [part[rows] for part in embeds]
+        x, parts = x_t[rows], Conditions(conditions.embeds[rows], conditions.pooled[rows])
         with torch.no_grad():
-            velocity = predict_velocity(transformer, x, sigmas[i], parts, negative, guidance_scale)
+            velocity = predict_sd3_velocity(transformer, x, sigmas[i], parts, negative, guidance_scale)
         assert velocity.dtype == torch.float32
         mean, std = step_mean_std(x, velocity, sigmas, i, 0.7, "flow")
         x_next = mean + std * z[rows] if x_next is None else x_next[rows]
@@ -668,49 +802,51 @@ def test_log_prob_does_not_depend_on_the_batch(dtype, limit, guidance_scale):
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
 @pytest.mark.parametrize("kind", ["all weights", "lora", "checkpointing", "bfloat16"])
 def test_the_first_ratio_is_exactly_one(kind, guidance_scale, sde_type):
-    transformer, (_, embeds, negative) = tiny_transformer(lora=kind == "lora"), inputs(4)
+    transformer, (_, conditions, negative) = tiny_transformer(lora=kind == "lora"), inputs(4)
     if kind == "checkpointing":
         transformer.enable_gradient_checkpointing()
     if kind == "bfloat16":
-        embeds, negative = ([part.bfloat16() for part in parts] for parts in (embeds, negative))
+        conditions, negative = in_dtype(conditions, torch.bfloat16), in_dtype(negative, torch.bfloat16)
     sigmas, window = shifted_grid(6), range(5)
     noise = draw_noise(range(4), 1 + len(window), (8, 8, 8), 1, 1)
 
     def velocity_at(x_t, t):
-        return predict_velocity(transformer, x_t, t, embeds, negative, guidance_scale)
+        return predict_sd3_velocity(transformer, x_t, t, conditions, negative, guidance_scale)
 
     _, path = rollout(velocity_at, noise, sigmas, window, 0.7, sde_type)
-    for i, (x_t, x_next, old_mean, old_log_prob) in zip(window, path):
-        mean, std = step_mean_std(x_t, velocity_at(x_t, sigmas[i]), sigmas, i, 0.7, sde_type)
-        log_ratio = log_prob(x_next, mean, std) - old_log_prob
-        assert mean.requires_grad and not old_mean.requires_grad
-        assert torch.equal(mean, old_mean)
+    assert [old.index for old in path] == list(window)
+    for old in path:
+        velocity = velocity_at(old.x_t, sigmas[old.index])
+        mean, std = step_mean_std(old.x_t, velocity, sigmas, old.index, 0.7, sde_type)
+        log_ratio = log_prob(old.x_next, mean, std) - old.log_prob
+        assert mean.requires_grad and not old.mean.requires_grad
+        assert torch.equal(mean, old.mean)
         assert torch.equal(log_ratio.exp(), torch.ones(4))
-        assert torch.equal(normalised_log_ratio(log_ratio, mean, old_mean, std), torch.zeros(4))
+        assert torch.equal(normalised_log_ratio(log_ratio, mean, old.mean, std), torch.zeros(4))
 
 
 def test_the_base_model_is_the_lora_switched_off():
-    transformer, (x_t, embeds, _) = tiny_transformer(lora=True), inputs(3)
+    transformer, (x_t, conditions, _) = tiny_transformer(lora=True), inputs(3)
     plain = tiny_transformer()  # the same weights, never had a LoRA
-    with_lora = call(transformer, x_t, 0.7, *embeds)
+    with_lora = call(transformer, x_t, 0.7, *conditions)
     with base_weights(transformer, None) as network:
-        without = call(network, x_t, 0.7, *embeds)
-    torch.testing.assert_close(without, call(plain, x_t, 0.7, *embeds), rtol=0, atol=1e-6)
+        without = call(network, x_t, 0.7, *conditions)
+    torch.testing.assert_close(without, call(plain, x_t, 0.7, *conditions), rtol=0, atol=1e-6)
     assert (with_lora - without).abs().max() > 1e-2
-    assert torch.equal(call(transformer, x_t, 0.7, *embeds), with_lora)
+    assert torch.equal(call(transformer, x_t, 0.7, *conditions), with_lora)
 
 
 def test_the_base_model_leaves_the_loras_gradient_alone():
     # as in train: forward, base model, backward
     def gradients(visit_base):
-        transformer, (x_t, embeds, _) = tiny_transformer(lora=True), inputs(3)
-        trained = [name for name, p in transformer.named_parameters() if p.requires_grad]
-        velocity = call(transformer, x_t, 0.7, *embeds)
+        transformer, (x_t, conditions, _) = tiny_transformer(lora=True), inputs(3)
+        trained = list(trained_parameters(transformer))
+        velocity = call(transformer, x_t, 0.7, *conditions)
         if visit_base:
             with torch.no_grad(), base_weights(transformer, None) as network:
-                assert not call(network, x_t, 0.7, *embeds).requires_grad
+                assert not call(network, x_t, 0.7, *conditions).requires_grad
         velocity.square().sum().backward()
-        found = {name: p.grad for name, p in transformer.named_parameters() if p.requires_grad}
+        found = {name: parameter.grad for name, parameter in trained_parameters(transformer).items()}
         assert list(found) == trained and all("lora" in name for name in trained)
         return found
 
@@ -726,8 +862,32 @@ def test_the_base_model_is_the_frozen_copy_where_there_is_one():
         assert network is reference
 
 
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_the_lora_is_on_again_after_an_error_in_the_base_model(error):
+    transformer, (x_t, conditions, _) = tiny_transformer(lora=True), inputs(3)
+    with_lora = call(transformer, x_t, 0.7, *conditions)
+    with pytest.raises(error), base_weights(transformer, None):
+        assert not torch.equal(call(transformer, x_t, 0.7, *conditions), with_lora)
+        raise error
+    assert torch.equal(call(transformer, x_t, 0.7, *conditions), with_lora)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_trained_parameters_are_those_with_gradient(lora):
+    transformer, (x_t, conditions, _) = tiny_transformer(lora), inputs(3)
+    call(transformer, x_t, 0.7, *conditions).square().sum().backward()
+    parameters = trained_parameters(transformer)
+    everything = dict(transformer.named_parameters())
+    assert all(everything[name] is parameter for name, parameter in parameters.items())
+    with_gradient = {name for name, parameter in everything.items() if parameter.grad is not None}
+    assert set(parameters) == with_gradient
+    assert all(("lora" in name) == lora for name in parameters)
+    expected = [name for name in everything if "lora" in name] if lora else list(everything)
+    assert list(parameters) == expected
+
+
 def test_a_prompts_embeddings_do_not_depend_on_what_is_cached():
-    # else a resumed run, whose cache is empty, would go on with other roundings
+    # else a resumed run, whose cache starts empty, would round differently
     pipe, _, _ = load_model(Args(), torch.device("cpu"), torch.float32)
     prompts = ["a red circle", "two crosses", "a circle left of a square"]
     together, alone = (

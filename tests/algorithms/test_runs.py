@@ -4,77 +4,42 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import tyro
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-import fdfo
 import flow_grpo
-import promptloop
-import promptrl
 import rewards
-import superflow
 from flow_grpo import Args, train
-from rewards import BadInput
-from rewards.command_line import main
+from rewards import BadInput, command_line, report
+from rewards.report import pictures
+from small_runs import command, metrics, saved
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
 
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch):
-    monkeypatch.chdir(ROOT)
-
-
 @pytest.fixture
-def small(tmp_path):
-    """Flags of a run that takes a second: small(num_iterations=3) -> dict for Args."""
-    for name, lines in (
-        ("train", slice(0, None, 40)),
-        ("eval", slice(0, None, 64)),
-        ("eval_paraphrased", slice(0, 2)),
-    ):
-        rows = (ROOT / f"tiny/prompts/{name}.jsonl").read_text().splitlines(keepends=True)[lines]
-        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+def small(small, write_prompts):
+    """Flags of a run that evaluates a paraphrased file too, and that saves before its end."""
     flags = dict(
-        prompts=str(tmp_path / "train.jsonl"),
-        output_dir=str(tmp_path / "runs"),
-        num_prompts_per_iteration=2,
+        prompts=write_prompts(train=10, eval=6, eval_paraphrased=2),
         num_images_per_prompt=3,
-        num_inference_steps=4,
-        eval_num_inference_steps=2,
         num_iterations=4,
         eval_every=2,
         save_every=2,
-        device="cpu",
     )
-    return lambda **changes: flags | changes
-
-
-def command(flags):
-    """The flags as a command line."""
-    words = (["--" + name.replace("_", "-"), str(value)] for name, value in flags.items())
-    return [sys.executable, "flow_grpo.py", *sum(words, [])]
-
-
-def metrics(run_dir):
-    """The rows of metrics.jsonl without what depends on the clock."""
-    rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith("perf/")} for row in rows]
+    return lambda **changes: small(**flags | changes)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +54,7 @@ def metrics(run_dir):
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("without_pictures")
 def test_every_variant_runs_and_starts_on_policy(small, changes):
     run_dir = train(Args(**small(num_iterations=2, **changes)))
     rows = metrics(run_dir)
@@ -100,18 +66,32 @@ def test_every_variant_runs_and_starts_on_policy(small, changes):
         assert rows[2]["losses/kl"] > 0
 
 
-def test_before_after_holds_both_pictures_whole(tmp_path):
-    report = rewards.report.Report(tmp_path / "run", flow_grpo.__file__, Args(), -1)
-    report.metrics = [
-        {"iteration": i, "charts/num_images": i, "eval/geneval": 0.5, "perf/images_per_second": 1.0}
-        for i in (0, 1)
-    ]
-    for name, height, color in (("000000", 4, "red"), ("000001", 4, "green"), ("000001_enhanced", 9, "blue")):
-        Image.new("RGB", (6, height), color).save(report.run_dir / "samples" / f"{name}.png")
-    report.close()
-    both = np.array(Image.open(report.run_dir / "before_after.png"))
-    assert both.shape == (13, 6, 3)  # titles with rewrites make a picture higher
-    assert (both[:4] == (255, 0, 0)).all() and (both[4:] == (0, 0, 255)).all()
+def test_before_after_holds_both_pictures_whole(tmp_path, monkeypatch):
+    sheets = {"000000": ("red", 4), "000001": ("green", 4), "000001_enhanced": ("blue", 9)}
+
+    def save_samples(path, evaluation):
+        suffix = evaluation.name.removeprefix("eval")
+        color, height = sheets[f"{len(log.rows):06d}{suffix}"]
+        Image.new("RGB", (6, height), color).save(path, "PNG")
+
+    monkeypatch.setattr(report.log, "save_samples", save_samples)
+    log = report.Log(tmp_path / "run", flow_grpo.__file__, Args(), -1)
+    for iteration in (0, 1):
+        evaluations = []
+        for name in ("eval", "eval_enhanced")[: iteration + 1]:
+            scores, pictures = {"reward": {0: 0.5}}, {0: torch.zeros(3, 4, 4)}
+            evaluations.append(report.Evaluation(name, [{}], scores, {0: "a text"}, pictures, {}))
+        log.write({"iteration": iteration, "charts/num_images": iteration}, evaluations)
+    log.close()
+    both = np.array(Image.open(log.run_dir / "before_after.png"))
+    red = (both == (255, 0, 0)).all(2)
+    blue = (both == (0, 0, 255)).all(2)
+    assert not (both == (0, 128, 0)).all(2).any()  # of the latest sheets, the last
+    # each is whole, and the first is above the other. Titles with rewrites make a picture higher
+    red_rows, blue_rows = (mask.any(1).nonzero()[0] for mask in (red, blue))
+    assert red[red_rows].sum() == red.sum() == 4 * 6 and np.ptp(red_rows) == 3
+    assert blue[blue_rows].sum() == blue.sum() == 9 * 6 and np.ptp(blue_rows) == 8
+    assert red_rows.max() < blue_rows.min()
 
 
 def test_the_curve_is_the_rewards_and_its_legend_hides_nothing(tmp_path, monkeypatch):
@@ -122,7 +102,7 @@ def test_the_curve_is_the_rewards_and_its_legend_hides_nothing(tmp_path, monkeyp
     ]
     rows = [{"charts/num_images": n, **dict.fromkeys(names, n / 10)} for n in (0, 4)]
     rows.append({"charts/num_images": 8, "eval/reward_loop": 0.9})
-    rewards.report.save_curve(tmp_path / "reward.png", rows)
+    pictures.save_curve(tmp_path / "reward.png", rows)
     (axes,) = figures[0].axes
     curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert curves["eval/reward"] == [[0, 0], [4, 0.4]]
@@ -147,6 +127,7 @@ def test_run_folder_and_last_lines(small, capsys):
         assert f"`{stem}" in documented, f"{name} is not explained in docs/flow_grpo.md"
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_same_seed_repeats_bit_for_bit_and_another_does_not(small):
     first, second = (metrics(train(Args(**small(output_dir=small()["output_dir"] + x)))) for x in "ab")
     other = metrics(train(Args(**small(seed=2))))
@@ -155,28 +136,18 @@ def test_same_seed_repeats_bit_for_bit_and_another_does_not(small):
     assert first[1] != other[1]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_micro_batch_size_does_not_change_the_result(small):
     whole, halves = (metrics(train(Args(**small(num_iterations=1, micro_batch_size=n)))) for n in (3, 1))
     for name, value in whole[1].items():
         assert halves[1][name] == pytest.approx(value, abs=2e-5), name
 
 
-def test_resume_after_an_interruption_equals_an_uninterrupted_run(small, monkeypatch):
+@pytest.mark.usefixtures("without_pictures")
+def test_resume_after_an_interruption_equals_an_uninterrupted_run(small, interrupted_run):
     expected = metrics(train(Args(**small(num_iterations=5, output_dir=small()["output_dir"] + "a"))))
-    write = rewards.report.Report.write
-
-    def interrupted(self, row, evaluations):
-        write(self, row, evaluations)
-        if row["iteration"] == 3:  # after the row, before a checkpoint
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(rewards.report.Report, "write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(Args(**small(num_iterations=5)))
-    monkeypatch.undo()
-    monkeypatch.chdir(ROOT)
-    (run_dir,) = Path(small()["output_dir"]).iterdir()
-    assert len(metrics(run_dir)) == 4
+    run_dir = interrupted_run(train, Args(**small(num_iterations=5)), iteration=3)
+    assert len(metrics(run_dir)) == 4 and saved(run_dir)["progress"] == {"iteration": 2}
     train(Args(resume=str(run_dir)))
     assert metrics(run_dir) == expected
 
@@ -201,8 +172,11 @@ def test_three_kills_one_during_a_checkpoint_write_change_nothing(small):
     def rows():
         return len(metrics(run())) if (run() / "metrics.jsonl").exists() else 0
 
-    kill_when(command(flags), lambda: (run() / "checkpoint/state.pt").exists() and rows() >= 2)
-    resume = command({"resume": run()})
+    def has_begun():
+        return (run() / "checkpoint/state.pt").exists() and rows() >= 2
+
+    kill_when(command("flow_grpo.py", flags), has_begun)
+    resume = command("flow_grpo.py", {"resume": run()})
     temporary = run() / "checkpoint/state.pt.tmp"
     temporary.unlink(missing_ok=True)
     kill_when(resume, temporary.exists)
@@ -214,24 +188,16 @@ def test_three_kills_one_during_a_checkpoint_write_change_nothing(small):
     assert metrics(run()) == expected
 
 
-def test_two_processes_give_the_first_loss_and_the_images_of_one(small):
+def test_two_processes_give_the_first_loss_and_the_images_of_one(small, start_processes):
     flags = small(num_iterations=1, num_prompts_per_iteration=4)
+    wait = start_processes(flow_grpo, flags)
     alone = train(Args(**flags | {"output_dir": flags["output_dir"] + "a"}))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # what torchrun sets; its own rendezvous takes minutes on a machine whose name does not resolve
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [os.environ | common | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    processes = [subprocess.Popen(command(flags), env=environment) for environment in ranks]
-    assert [process.wait() for process in processes] == [0, 0]
-    (both,) = Path(flags["output_dir"]).iterdir()
+    both = wait()
     one, two = metrics(alone), metrics(both)
     assert one[0] == pytest.approx(two[0], abs=1e-6)
-    pictures = [np.asarray(Image.open(run / "samples/000000.png")).astype(int) for run in (alone, both)]
-    assert (
-        abs(pictures[0] - pictures[1]).max() <= 2
-    )  # of 255: rows meet in other batches, and are rounded to 8 bits
+    sheets = [np.asarray(Image.open(run / "samples/000000.png")).astype(int) for run in (alone, both)]
+    # of 255: rows meet in other batches, and are rounded to 8 bits
+    assert abs(sheets[0] - sheets[1]).max() <= 2
     for name in ("losses/policy_loss", "losses/grad_norm", "charts/reward_mean", "losses/ratio_first"):
         assert two[1][name] == pytest.approx(one[1][name], abs=1e-5), name
 
@@ -249,11 +215,12 @@ def generate(pipe):
     ).images
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_saved_lora_gives_the_trained_images_in_plain_diffusers(small):
     args = Args(**small(lora_rank=4, learning_rate=3e-3))
     run_dir = train(args)
     trained, transformer, _ = flow_grpo.load_model(args, torch.device("cpu"), torch.float32)
-    optimizer = torch.optim.AdamW([p for p in transformer.parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW(flow_grpo.trained_parameters(transformer).values())
     assert flow_grpo.load_checkpoint(run_dir, transformer, optimizer) == {"iteration": 4}
     plain = StableDiffusion3Pipeline.from_pretrained("tiny/sd3", dtype=torch.float32, **NO_T5)
     base = generate(plain)
@@ -264,13 +231,37 @@ def test_saved_lora_gives_the_trained_images_in_plain_diffusers(small):
         assert '"transformer.lora_alpha": 8' in str(file.metadata())
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_saved_transformer_gives_the_trained_weights_in_plain_diffusers(small):
     run_dir = train(Args(**small()))
-    saved = SD3Transformer2DModel.from_pretrained(run_dir / "transformer").state_dict()
-    state = torch.load(run_dir / "checkpoint/state.pt", weights_only=True)
-    assert all(torch.equal(saved[name], value) for name, value in state["weights"].items())
+    exported = SD3Transformer2DModel.from_pretrained(run_dir / "transformer").state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in saved(run_dir)["weights"].items())
     base = SD3Transformer2DModel.from_pretrained("tiny/sd3/transformer").state_dict()
-    assert any(not torch.equal(saved[name], value.float()) for name, value in base.items())
+    assert any(not torch.equal(exported[name], value.float()) for name, value in base.items())
+
+
+def exported_weights(run_dir):
+    """{name: tensor} of what a run exports, LoRA or transformer."""
+    (path,) = [*run_dir.glob("lora/*.safetensors"), *run_dir.glob("transformer/*.safetensors")]
+    return load_file(path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "stale"])
+@pytest.mark.parametrize("rank, folder", [(0, "transformer"), (2, "lora")])
+@pytest.mark.usefixtures("without_pictures")
+def test_the_export_is_made_again_on_resume(small, rank, folder, damage):
+    # a kill between the last checkpoint and its export leaves none, or an older one
+    run_dir = train(Args(**small(lora_rank=rank, num_iterations=2)))
+    expected = exported_weights(run_dir)
+    if damage == "missing":
+        shutil.rmtree(run_dir / folder)
+    else:
+        (path,) = (run_dir / folder).glob("*.safetensors")
+        save_file({name: torch.zeros_like(value) for name, value in expected.items()}, path)
+    train(Args(resume=str(run_dir)))
+    found = exported_weights(run_dir)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 class SomeNaN:
@@ -285,6 +276,7 @@ class SomeNaN:
         return {"reward": values}
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_nan_rewards_are_masked_and_counted(small, monkeypatch):
     monkeypatch.setattr(rewards, "build", lambda *_: SomeNaN(1))
     rows = metrics(train(Args(**small(num_iterations=1, num_images_per_prompt=12))))
@@ -293,29 +285,30 @@ def test_nan_rewards_are_masked_and_counted(small, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [2, 12])  # of the twelve images of a micro-batch
+@pytest.mark.usefixtures("without_pictures")
 def test_too_many_nan_rewards_stop_the_run_and_keep_the_checkpoint(small, monkeypatch, bad):
     monkeypatch.setattr(rewards, "build", lambda *_: SomeNaN(bad))
     with pytest.raises(SystemExit) as stopped:
-        main(train, Args(**small(num_images_per_prompt=12)))
+        command_line.execute(train, Args(**small(num_images_per_prompt=12)))
     assert stopped.value.code == 1
     (run_dir,) = Path(small()["output_dir"]).iterdir()
-    assert torch.load(run_dir / "checkpoint/state.pt", weights_only=True)["progress"] == {"iteration": 0}
+    assert saved(run_dir)["progress"] == {"iteration": 0}
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(small, monkeypatch):
     clipped_loss, calls = flow_grpo.clipped_loss, []
 
     def poisoned(*arguments):
         calls.append(1)
-        return clipped_loss(*arguments) * (
-            float("nan") if len(calls) > 12 else 1.0
-        )  # in the fourth iteration
+        factor = float("nan") if len(calls) > 12 else 1.0  # from the fourth iteration on
+        return factor * clipped_loss(*arguments)
 
     monkeypatch.setattr(flow_grpo, "clipped_loss", poisoned)
     with pytest.raises(FloatingPointError):
         train(Args(**small()))
     (run_dir,) = Path(small()["output_dir"]).iterdir()
-    state = torch.load(run_dir / "checkpoint/state.pt", weights_only=True)
+    state = saved(run_dir)
     assert state["progress"]["iteration"] == 2 and len(metrics(run_dir)) == 4
     assert all(value.isfinite().all() for value in state["weights"].values())
 
@@ -346,13 +339,13 @@ def bad_inputs():
     yield "no eval prompts", change(prompts="tiny/prompts/eval.jsonl"), "--eval-prompts"
     yield "empty prompts", file("empty.jsonl", "\n\n"), "is empty"
     yield "bad line", file("bad.jsonl", '{"prompt": "a"}\nnot json\n'), "line 2"
-    yield "no metadata", file("plain.txt", "a red circle\n"), "prompt 1 ('a red circle'): geneval"
+    yield "no metadata", file("plain.txt", "a red circle\n"), "'a red circle'): geneval"
     yield "no quoted text", change(rewards="ocr"), "double quotes"
     yield "prompts do not divide", change(num_prompts_per_iteration=3), "multiple of 2"
     yield "group of one", change(num_images_per_prompt=1), "at least 2"
     yield "window too long", change(sde_window=4), "--sde-window 4"
     yield "no noise", change(noise_level=0.0), "--noise-level"
-    yield "not a pipeline", change(model="tiny/prompts"), "no diffusers pipeline"
+    yield "not a pipeline", change(model="tiny/prompts"), "model_index.json"
     yield "another family", family, "is a StableDiffusionPipeline; supported"
     yield "resume of nothing", change(resume="nowhere"), "cannot resume"
     if not torch.cuda.is_available():
@@ -364,13 +357,14 @@ def bad_inputs():
 )
 def test_bad_input_is_one_line_exit_code_2_and_no_run_folder(small, tmp_path, capsys, make, message):
     with pytest.raises(SystemExit) as stopped:
-        main(train, Args(**make(small(), tmp_path)))
+        command_line.execute(train, Args(**make(small(), tmp_path)))
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and message in line
     assert not Path(small()["output_dir"]).exists()
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_resume_of_a_damaged_or_foreign_run_is_refused(small, tmp_path):
     run_dir = train(Args(**small(num_iterations=2)))
 
@@ -392,31 +386,7 @@ def test_resume_of_a_damaged_or_foreign_run_is_refused(small, tmp_path):
             train(copy_with(name, change))
 
 
-def test_command_line_prints_no_traceback(small):
-    result = subprocess.run(command(small(rewards="beauty")), capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr and "error: unknown reward 'beauty'" in result.stderr
-
-
 def test_track_writes_an_offline_wandb_run(small, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_dir = train(Args(**small(num_iterations=1, track=True)))
     assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
-
-
-def documented_commands():
-    """(algorithm, flags) of every full command in the README, in docs/ and in the files' headers."""
-    files = {module.__name__: module for module in (fdfo, flow_grpo, promptloop, promptrl, superflow)}
-    pages = [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
-    for text in (*pages, *(module.__doc__ for module in files.values())):
-        for line in text.replace("\\\n", " ").splitlines():
-            script = re.match(r"\s*(?:python|torchrun .*?) (\w+)\.py(.*)", line.split("#")[0])
-            if script and not any(skipped in line for skipped in ("...", "--help", "--resume")):
-                yield files[script[1]], script[2].split()
-
-
-@pytest.mark.parametrize("module, words", list(documented_commands()), ids=str)
-def test_every_documented_command_parses(module, words):
-    args = tyro.cli(module.Args, args=words)
-    args = module.Args(**vars(args) | {"model": "tiny/sd3"})
-    rewards.report.check_args(args, ["StableDiffusion3Pipeline"])

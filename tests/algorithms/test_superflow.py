@@ -3,11 +3,7 @@
 What it took over unchanged is tested in test_flow_grpo.py and test_runs.py.
 """
 
-import json
 import math
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -19,15 +15,17 @@ import flow_grpo
 import rewards
 import superflow
 from rewards import BadInput
+from rewards.prompts import load_prompts
+from small_runs import Brightness, metrics, saved
 from superflow import (
     Args,
-    choose_rows,
+    choose_group_sizes,
+    choose_prompts,
     clipped_loss,
     draw_prompts,
     draw_window,
     gaussian_kl,
     get_sigmas,
-    group_sizes,
     step_mean_std,
     step_weights,
     tracker_advantages,
@@ -36,10 +34,10 @@ from superflow import (
     update_tracker,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
-N = 10  # prompts of the tiny runs
+NUM_PROMPTS = 10  # training prompts of the tiny runs
 SHIFTED = get_sigmas(FlowMatchEulerDiscreteScheduler(shift=3.0), 10)
 UNSHIFTED = [1.0, 0.75, 0.5, 0.25, 0.0]
+NAN = float("nan")
 
 
 def tensor(*values):
@@ -99,13 +97,13 @@ def test_all_images_of_a_prompt_count_wherever_they_are_in_the_batch():
 
 
 def test_a_nan_reward_adds_nothing():
-    rows, nan = torch.tensor([0, 0, 1]), float("nan")
-    counts = update_tracker(tensor([4, 4], [3, 1]), rows, torch.tensor([nan, 1.0, nan]), forgetting=0.9)
+    rows = torch.tensor([0, 0, 1])
+    counts = update_tracker(tensor([4, 4], [3, 1]), rows, torch.tensor([NAN, 1.0, NAN]), forgetting=0.9)
     assert counts[0].tolist() == pytest.approx([4.6, 3.6])
     assert value_of(counts)[1].item() == pytest.approx(0.75)
 
 
-@pytest.mark.parametrize("values", [[0.5, -0.01], [1.01, 0.5], [float("nan"), 1.5], [-2.0, float("nan")]])
+@pytest.mark.parametrize("values", [[0.5, -0.01], [1.01, 0.5], [NAN, 1.5], [-2.0, NAN]])
 def test_a_reward_outside_of_0_to_1_is_refused(values):
     with pytest.raises(BadInput, match=r"rewards in \[0, 1\]"):
         update_tracker(tensor([4, 4]), torch.tensor([0, 0]), torch.tensor(values), 0.9)
@@ -129,16 +127,18 @@ def test_uncertainty_has_its_constant_inside_of_the_root():
 CANDIDATES = torch.tensor([7, 3, 9, 1, 5, 0])
 
 
-def test_chosen_rows_are_distinct_and_in_the_candidates_order():
+def test_chosen_prompts_are_distinct_and_in_the_candidates_order():
     for iteration in range(1, 100):
-        chosen = choose_rows(CANDIDATES, tensor(6, 5, 4, 3, 2, 1), 3, seed=1, iteration=iteration).tolist()
+        chosen = choose_prompts(CANDIDATES, tensor(6, 5, 4, 3, 2, 1), 3, seed=1, iteration=iteration).tolist()
         assert chosen == [row for row in CANDIDATES.tolist() if row in chosen] and len(chosen) == 3
 
 
 def test_the_choice_depends_on_seed_and_iteration_alone():
     def choices(seed):
         weights = tensor(6, 5, 4, 3, 2, 1)
-        return [choose_rows(CANDIDATES, weights, 3, seed, iteration).tolist() for iteration in range(1, 20)]
+        return [
+            choose_prompts(CANDIDATES, weights, 3, seed, iteration).tolist() for iteration in range(1, 20)
+        ]
 
     assert choices(1) == choices(1) != choices(2)
     assert len({tuple(chosen) for chosen in choices(1)}) > 5
@@ -146,17 +146,17 @@ def test_the_choice_depends_on_seed_and_iteration_alone():
 
 def test_probabilities_are_proportional_to_the_weights():
     weights, n = tensor(6, 5, 4, 3, 2, 0), 4000
-    chosen = torch.cat([choose_rows(CANDIDATES, weights, 1, seed=1, iteration=i) for i in range(n)])
+    chosen = torch.cat([choose_prompts(CANDIDATES, weights, 1, seed=1, iteration=i) for i in range(n)])
     frequencies = torch.stack([(chosen == row).double().mean() for row in CANDIDATES])
     assert frequencies.tolist() == pytest.approx((weights / 20).tolist(), abs=4 * math.sqrt(0.25 / n))
-    pairs = torch.cat([choose_rows(CANDIDATES, weights, 2, seed=1, iteration=i) for i in range(1000)])
+    pairs = torch.cat([choose_prompts(CANDIDATES, weights, 2, seed=1, iteration=i) for i in range(1000)])
     counts = [(pairs == row).sum().item() for row in CANDIDATES]
     assert counts == sorted(counts, reverse=True) and counts[-1] == 0
 
 
 @pytest.mark.parametrize("iteration", [1, 2, 3])
 def test_without_a_pool_all_candidates_are_taken_as_they_are(iteration):
-    chosen = choose_rows(CANDIDATES, tensor(6, 5, 4, 3, 2, 1), 6, seed=1, iteration=iteration)
+    chosen = choose_prompts(CANDIDATES, tensor(6, 5, 4, 3, 2, 1), 6, seed=1, iteration=iteration)
     assert torch.equal(chosen, CANDIDATES)
 
 
@@ -165,38 +165,46 @@ def test_without_a_pool_all_candidates_are_taken_as_they_are(iteration):
 )
 def test_group_sizes_of_24_images_and_4_bins(value, size):
     # b = min(4, 1 + floor(4 (1 - 2 v)^2)), m = 24 - b + 1
-    assert group_sizes(tensor(value), max_size=24, num_bins=4).tolist() == [size]
+    assert choose_group_sizes(tensor(value), largest_group=24, num_bins=4).tolist() == [size]
 
 
 @pytest.mark.parametrize("num_bins", [1, 2, 4, 24])
 def test_group_sizes_are_symmetric_integers_that_fall_from_the_middle(num_bins):
     value = torch.arange(65, dtype=torch.float64) / 64
-    sizes = group_sizes(value, 24, num_bins)
+    sizes = choose_group_sizes(value, 24, num_bins)
     assert not sizes.is_floating_point()
-    assert torch.equal(sizes, group_sizes(1 - value, 24, num_bins))
+    assert torch.equal(sizes, choose_group_sizes(1 - value, 24, num_bins))
     assert sizes[32] == 24 and sizes[0] == 24 - num_bins + 1
     assert (sizes[:33].diff() >= 0).all()
 
 
 def test_one_bin_gives_every_prompt_the_whole_group():
-    assert (group_sizes(torch.rand(100), 24, num_bins=1) == 24).all()
+    assert (choose_group_sizes(torch.rand(100), 24, num_bins=1) == 24).all()
 
 
 # === advantages ===
 
 
+def lone_advantages(rewards, baselines, advantage_std="global"):
+    """tracker_advantages where each image is the only one of its prompt."""
+    return tracker_advantages(rewards.unsqueeze(1), baselines.unsqueeze(1), advantage_std).squeeze(1)
+
+
 def test_advantages_of_a_group_without_variance_beside_another():
     # r - v = (.5, .5, -.5, .5): mean .25, population standard deviation .4330; Flow-GRPO has 0 there
-    advantages = tracker_advantages(torch.tensor([1.0, 1.0, 0.0, 1.0]), tensor(0.5, 0.5, 0.5, 0.5))
-    assert advantages.tolist() == pytest.approx([0.57735, 0.57735, -1.73205, 0.57735], abs=1e-5)
+    advantages = tracker_advantages(tensor([1, 1], [0, 1]).float(), tensor([0.5], [0.5]), "global")
+    expected = [0.57735, 0.57735, -1.73205, 0.57735]
+    assert advantages.flatten().tolist() == pytest.approx(expected, abs=1e-5)
     assert advantages.dtype == torch.float32
 
 
-def test_every_image_has_its_own_baseline():
+def test_every_prompt_has_its_own_baseline():
     values, baseline = torch.tensor([1.0, 0.0, 1.0]), tensor(0.6, 0.2, 0.9)
     expected = tensor(0.4, -0.2, 0.1)
     expected = (expected - expected.mean()) / expected.std(correction=0)
-    assert tracker_advantages(values, baseline).tolist() == pytest.approx(expected.tolist())
+    assert lone_advantages(values, baseline).tolist() == pytest.approx(expected.tolist())
+    groups = tracker_advantages(values.unsqueeze(1).expand(3, 4), baseline.unsqueeze(1), "global")
+    torch.testing.assert_close(groups, expected.float().unsqueeze(1).expand(3, 4))
 
 
 @pytest.mark.parametrize(
@@ -208,22 +216,62 @@ def test_every_image_has_its_own_baseline():
     ],
 )
 def test_a_batch_of_equal_advantages_gets_exactly_zero(values, baseline):
-    assert tracker_advantages(torch.tensor(values), baseline).tolist() == [0.0] * len(values)
+    assert lone_advantages(torch.tensor(values), baseline).tolist() == [0.0] * len(values)
 
 
 def test_a_nan_reward_gets_zero_and_counts_nowhere():
-    values, baseline = torch.tensor([1.0, 0.0, float("nan"), 0.3]), tensor(0.7, 0.2, 0.1, 0.5)
-    advantages, rest = tracker_advantages(values, baseline), [0, 1, 3]
+    values, baseline = torch.tensor([1.0, 0.0, NAN, 0.3]), tensor(0.7, 0.2, 0.1, 0.5)
+    advantages, rest = lone_advantages(values, baseline), [0, 1, 3]
     assert advantages[2] == 0
-    assert torch.equal(advantages[rest], tracker_advantages(values[rest], baseline[rest]))
+    assert torch.equal(advantages[rest], lone_advantages(values[rest], baseline[rest]))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_advantages_are_limited(sign):
     values = torch.tensor([0.5 + 0.5 * sign] + [0.5] * 99)  # unlimited, the first is sqrt(99) = 9.95
-    advantages = tracker_advantages(values, torch.full((100,), 0.5))
+    advantages = lone_advantages(values, torch.full((100,), 0.5))
     assert advantages[0] == 5 * sign
     assert advantages[1].item() == pytest.approx(-sign / math.sqrt(99), rel=1e-5)
+
+
+@pytest.mark.parametrize("advantage_std", ["global", "group"])
+def test_what_fills_up_a_smaller_group_changes_nothing(advantage_std):
+    rewards, baselines = (
+        torch.rand(3, 4, generator=torch.Generator().manual_seed(0)),
+        tensor([0.6], [0.2], [0.5]),
+    )
+    advantages = tracker_advantages(rewards, baselines, advantage_std)
+    filled = torch.cat([rewards, torch.full((3, 2), NAN)], dim=1)
+    found = tracker_advantages(filled, baselines, advantage_std)
+    torch.testing.assert_close(found[:, :4], advantages)
+    assert not found[:, 4:].any()
+
+
+def test_the_groups_own_deviation():
+    # r - v = (.5, -.5), (.2, .1), (.1, .1): the mean is 1/12, the deviations are .5, .05 and none
+    rewards, baselines = torch.tensor([[1.0, 0.0], [0.5, 0.4], [1.0, 1.0]]), tensor([0.5], [0.3], [0.9])
+    advantages = tracker_advantages(rewards, baselines, "group")
+    expected = [
+        (0.5 - 1 / 12) / 0.5,
+        (-0.5 - 1 / 12) / 0.5,
+        (0.2 - 1 / 12) / 0.05,
+        (0.1 - 1 / 12) / 0.05,
+        0,
+        0,
+    ]
+    assert advantages.flatten().tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("advantage_std", ["global", "group"])
+def test_against_the_groups_mean_they_are_those_of_flow_grpo(advantage_std):
+    # but for the constants under the deviation; and "global" there is the deviation of the rewards
+    rewards = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
+    rewards[1, 2] = rewards[4, 4:] = NAN
+    if advantage_std == "global":
+        rewards -= rewards.nanmean(1, keepdim=True)
+    advantages = tracker_advantages(rewards, rewards.nanmean(1, keepdim=True), advantage_std)
+    expected = flow_grpo.group_advantages(rewards, advantage_std)
+    torch.testing.assert_close(advantages, expected, rtol=2e-3, atol=1e-5)
 
 
 # === step weights ===
@@ -306,33 +354,10 @@ def test_weights_raise_the_signal_to_noise_of_a_shared_parameter():
 # === runs ===
 
 
-@pytest.fixture(autouse=True)
-def in_the_repository_without_pictures(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(rewards.runs, "save_samples", lambda *_: None)
-    monkeypatch.setattr(rewards.runs, "save_curve", lambda *_: None)
-    monkeypatch.setattr(rewards.report.Report, "close", lambda _: None)
-
-
 @pytest.fixture
-def small(tmp_path):
+def small(small, without_pictures):
     """Flags of a run that takes a second: small(num_iterations=3) -> dict for Args."""
-    for name, count in (("train", N), ("eval", 3)):
-        lines = (ROOT / f"tiny/prompts/{name}.jsonl").read_text().splitlines(keepends=True)
-        distinct = list({json.loads(line)["prompt"]: line for line in lines}.values())
-        (tmp_path / f"{name}.jsonl").write_text("".join(distinct[:: len(distinct) // count][:count]))
-    flags = dict(
-        prompts=str(tmp_path / "train.jsonl"),
-        output_dir=str(tmp_path / "runs"),
-        num_prompts_per_iteration=2,
-        num_images_per_prompt=4,
-        num_inference_steps=4,
-        eval_num_inference_steps=2,
-        num_iterations=2,
-        start_images=1,
-        device="cpu",
-    )
-    return lambda **changes: flags | changes
+    return lambda **changes: small(**{"start_images": 1} | changes)
 
 
 class Lopsided:
@@ -341,55 +366,74 @@ class Lopsided:
     nan: the row that cannot be scored. Coarse, so that it does not notice which images share a batch.
     """
 
-    def __init__(self, path, nan=None):
-        self.prompts, _ = rewards.prompts.load_prompts(path)
+    def __init__(self, training_prompts, nan=None):
+        self.prompts = training_prompts
         self.nan, self.seen = nan, []  # (row, image, value) of the training prompts
 
     def details(self, images, prompts, metadata):
         rows = [self.prompts.index(prompt) if prompt in self.prompts else 1 for prompt in prompts]
         brightness = ((20 * images.flatten(1).mean(1)).round() / 20).clamp(0.1, 0.9)
         values = torch.where(torch.tensor(rows) % 2 == 0, 1.0, brightness)
-        values[[i for i, row in enumerate(rows) if row == self.nan]] = float("nan")
+        values[[i for i, row in enumerate(rows) if row == self.nan]] = NAN
         if prompts[0] in self.prompts:
             self.seen += zip(rows, images, values.tolist())
         return {"reward": values}
 
 
-def metrics(run_dir):
-    """The rows of metrics.jsonl without what depends on the clock."""
-    rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith("perf/")} for row in rows]
+def training_prompts(flags):
+    return load_prompts(flags["prompts"]).prompts
 
 
-def saved_progress(run_dir):
-    return torch.load(run_dir / "checkpoint/state.pt", weights_only=True)["progress"]
+def progress_of(run_dir):
+    return saved(run_dir)["progress"]
 
 
 @pytest.mark.parametrize("start_images", [0, 2])
 def test_the_tracker_starts_from_images_of_the_base_model(small, monkeypatch, start_images):
-    reward = Lopsided(small()["prompts"], nan=2)
+    reward = Lopsided(training_prompts(small()), nan=2)
     monkeypatch.setattr(rewards, "build", lambda *_: reward)
-    progress = saved_progress(
-        train(Args(**small(num_iterations=0, start_images=start_images, forgetting=0.8)))
-    )
-    assert (progress["iteration"], progress["num_images"]) == (0, start_images * N)
-    scores = torch.zeros(N, 2, dtype=torch.float64)  # sums of r and of 1 - r
+    progress = progress_of(train(Args(**small(num_iterations=0, start_images=start_images, forgetting=0.8))))
+    assert (progress["iteration"], progress["num_images"]) == (0, start_images * NUM_PROMPTS)
+    scores = torch.zeros(NUM_PROMPTS, 2, dtype=torch.float64)  # sums of r and of 1 - r
     for row, _, value in reward.seen:
         if row != 2:
             scores[row] += tensor(value, 1 - value)
     # alpha = N_0 (S + 1/2) / (n + 1), beta = N_0 (n - S + 1/2) / (n + 1), N_0 = 1 / (1 - .8) = 5
-    images = torch.full((N, 1), start_images).index_fill(0, torch.tensor([2]), 0)
+    images = torch.full((NUM_PROMPTS, 1), start_images).index_fill(0, torch.tensor([2]), 0)
     torch.testing.assert_close(progress["counts"], 5 * (scores + 0.5) / (images + 1))
     assert progress["counts"][2].tolist() == pytest.approx([2.5, 2.5])
     if start_images:
-        first, second = ({row: image for row, image, _ in reward.seen[n * N :][:N]} for n in range(2))
-        assert sorted(first) == sorted(second) == list(range(N))
-        assert all(not torch.equal(first[row], second[row]) for row in range(N))
+        first = {row: image for row, image, _ in reward.seen[:NUM_PROMPTS]}
+        second = {row: image for row, image, _ in reward.seen[NUM_PROMPTS : 2 * NUM_PROMPTS]}
+        assert sorted(first) == sorted(second) == list(range(NUM_PROMPTS))
+        assert all(not torch.equal(first[row], second[row]) for row in range(NUM_PROMPTS))
+
+
+def test_the_start_keeps_no_pictures(small, monkeypatch):
+    # those of every training prompt would not fit in memory
+    evaluations = []
+
+    def evaluate(name, *args, **kwargs):
+        evaluations.append((name, original(name, *args, **kwargs)))
+        return evaluations[-1][1]
+
+    original = superflow.report.evaluate
+    monkeypatch.setattr(superflow.report, "evaluate", evaluate)
+    train(Args(**small(num_iterations=0, start_images=2)))
+    (_, start), (_, evaluation) = evaluations
+    assert [name for name, _ in evaluations] == ["start", "eval"]
+    assert len(start.scores["reward"]) == 2 * NUM_PROMPTS
+    assert not start.pictures and not start.captions
+    assert len(evaluation.pictures) == 3
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(lora_rank=2, kl_coef=0.01, guidance_scale=2.0, sde_type="cps", micro_batch_size=3)],
+    [
+        dict(),
+        dict(lora_rank=2, kl_coef=0.01, guidance_scale=2.0, sde_type="cps", micro_batch_size=3),
+        dict(advantage_std="group", ratio_norm=True, baseline="group"),
+    ],
     ids=str,
 )
 def test_a_run_logs_what_it_sampled_and_starts_on_policy(small, changes):
@@ -397,7 +441,7 @@ def test_a_run_logs_what_it_sampled_and_starts_on_policy(small, changes):
     rows = metrics(run_dir)
     assert [row["iteration"] for row in rows] == [0, 1, 2]
     assert all(math.isfinite(value) for row in rows for value in row.values())
-    images = N
+    images = NUM_PROMPTS
     assert rows[0]["charts/num_images"] == images
     for row in rows[1:]:
         assert 1 <= row["charts/group_size"] <= 4
@@ -405,8 +449,8 @@ def test_a_run_logs_what_it_sampled_and_starts_on_policy(small, changes):
         assert row["charts/num_images"] == images
         assert 0 <= row["charts/value_error"] <= 1
         assert row["losses/ratio_first"] < 1e-6
-    progress = saved_progress(run_dir)
-    assert progress["num_images"] == images and progress["counts"].shape == (N, 2)
+    progress = progress_of(run_dir)
+    assert progress["num_images"] == images and progress["counts"].shape == (NUM_PROMPTS, 2)
 
 
 @pytest.mark.parametrize(
@@ -415,17 +459,20 @@ def test_a_run_logs_what_it_sampled_and_starts_on_policy(small, changes):
     ids=str,
 )
 def test_an_iteration_from_inside(small, monkeypatch, changes):
-    args = Args(**small(num_iterations=1, num_prompts_per_iteration=4, num_inference_steps=6, **changes))
-    reward, tracked, terms = Lopsided(args.prompts), {}, []
+    flags = small(num_iterations=1, num_prompts_per_iteration=4, num_inference_steps=6, **changes)
+    args = Args(**flags)
+    reward, tracked, terms = Lopsided(training_prompts(flags)), {}, []
     monkeypatch.setattr(rewards, "build", lambda *_: reward)
 
     def spy_tracker(counts, rows, values, forgetting):
-        tracked.update(counts=counts.clone(), rows=rows.clone(), values=values.clone())
+        sampled = ~values.isnan()  # the others fill up smaller groups
+        tracked.update(counts=counts.clone(), rows=rows[sampled], values=values[sampled])
         return update_tracker(counts, rows, values, forgetting)
 
-    def spy_advantages(values, baseline):
-        advantages = torch.linspace(-5, 5, len(values))  # up to the limit, which is before the weights
-        tracked.update(baseline=baseline, advantages=advantages)
+    def spy_advantages(values, baselines, advantage_std):
+        assert values.shape == (4, 4) and advantage_std == args.advantage_std
+        advantages = torch.linspace(-5, 5, 16).view(4, 4)  # up to the limit, which is before the weights
+        tracked.update(baselines=baselines, advantages=advantages[~values.isnan()])
         return advantages
 
     def spy_loss(log_ratio, advantages, clip_range):
@@ -446,22 +493,24 @@ def test_an_iteration_from_inside(small, monkeypatch, changes):
 
     # prompts: the four that the pool gives, in its order, and each one's images together
     value = value_of(tracked["counts"])
-    drawn = torch.tensor(draw_prompts(N, args.pool * 4, args.seed, 1))
-    drawn = choose_rows(drawn, uncertainty(value[drawn]), 4, args.seed, 1)
-    sizes = group_sizes(value[drawn], 4, args.num_bins)
+    drawn = torch.tensor(draw_prompts(NUM_PROMPTS, args.pool * 4, args.seed, 1))
+    drawn = choose_prompts(drawn, uncertainty(value[drawn]), 4, args.seed, 1)
+    sizes = choose_group_sizes(value[drawn], 4, args.num_bins)
     assert torch.equal(tracked["rows"], drawn.repeat_interleave(sizes))
-    assert [seen for seen, _, _ in reward.seen[N:]] == tracked["rows"].tolist()  # after the start images
+    assert [seen for seen, _, _ in reward.seen[NUM_PROMPTS:]] == tracked[
+        "rows"
+    ].tolist()  # after the start images
     assert sizes.tolist() == ([4] * 4 if args.num_bins == 1 else (3 + drawn % 2).tolist())
-    assert row["charts/num_images"] == N + len(tracked["rows"])
+    assert row["charts/num_images"] == NUM_PROMPTS + len(tracked["rows"])
     assert row["charts/group_size"] == pytest.approx(sizes.double().mean().item())
 
     # advantages: against the value of before this batch, or against the group's mean
     means = torch.stack([group.mean() for group in tracked["values"].split(sizes.tolist())])
-    baseline = value[drawn] if args.baseline == "tracker" else means
-    torch.testing.assert_close(tracked["baseline"], baseline.repeat_interleave(sizes))
+    baselines = value[drawn] if args.baseline == "tracker" else means
+    torch.testing.assert_close(tracked["baselines"], baselines.view(4, 1))
     assert row["charts/value_error"] == pytest.approx((value[drawn] - means).abs().mean().item())
     counts = update_tracker(tracked["counts"], tracked["rows"], tracked["values"], args.forgetting)
-    assert torch.equal(saved_progress(run_dir)["counts"], counts)
+    assert torch.equal(progress_of(run_dir)["counts"], counts)
 
     # losses: two updates of two prompts, two steps each; the mean over an update's images and steps
     sigmas = get_sigmas(FlowMatchEulerDiscreteScheduler.from_pretrained("tiny/sd3/scheduler"), 6)
@@ -482,17 +531,18 @@ def test_the_switches_on_the_command_line():
     assert tyro.cli(Args, args=words) == Args(pool=1, num_bins=1, baseline="group", step_credit=False)
 
 
-def test_with_every_part_off_it_is_flow_grpo(small, monkeypatch):
+@pytest.mark.parametrize("changes", [dict(), dict(advantage_std="group", ratio_norm=True)], ids=str)
+def test_with_every_part_off_it_is_flow_grpo(small, monkeypatch, changes):
     # but for the advantages' constant: the deviation is of r - baseline, not of r
-    off = dict(pool=1, num_bins=1, baseline="group", step_credit=False, start_images=0)
+    off = dict(pool=1, num_bins=1, baseline="group", step_credit=False, start_images=0) | changes
     super_rows = metrics(train(Args(**small(num_iterations=1, **off))))
-    flags = small(output_dir=small()["output_dir"] + "b")
+    flags = small(output_dir=small()["output_dir"] + "b", **changes)
     del flags["start_images"]
     flow_rows = metrics(flow_grpo.train(flow_grpo.Args(**flags)))
     assert super_rows[1]["charts/reward_mean"] == flow_rows[1]["charts/reward_mean"]
 
-    def same_constant(values, baseline):
-        return flow_grpo.group_advantages(values.view(2, 4), "global").flatten()
+    def same_constant(values, baselines, advantage_std):
+        return flow_grpo.group_advantages(values, advantage_std)
 
     monkeypatch.setattr(superflow, "tracker_advantages", same_constant)
     super_rows = metrics(train(Args(**small(output_dir=small()["output_dir"] + "c", **off))))
@@ -505,42 +555,43 @@ def test_resume_after_an_interruption_equals_an_uninterrupted_run(small, interru
     flags = small(num_iterations=3, eval_every=3, save_every=1)
     whole = train(Args(**flags | {"output_dir": flags["output_dir"] + "a"}))
     run_dir = interrupted_run(train, Args(**flags))
-    assert saved_progress(run_dir)["iteration"] == 1
+    assert progress_of(run_dir)["iteration"] == 1
     train(Args(resume=str(run_dir)))
     assert metrics(run_dir) == metrics(whole)
-    assert torch.equal(saved_progress(run_dir)["counts"], saved_progress(whole)["counts"])
+    assert torch.equal(progress_of(run_dir)["counts"], progress_of(whole)["counts"])
 
 
-def work(flags, environment):
-    """One of several processes, with what torchrun sets."""
-    os.environ |= environment
-    os.chdir(ROOT)
-    rewards.build = lambda *_: Lopsided(flags["prompts"])
-    train(Args(**flags))
+def lopsided_rewards():
+    """In another process: the rewards of the test below. They know the prompts of its training file."""
+    rewards.build = lambda spec, prompts, metadata, device: Lopsided(prompts[:NUM_PROMPTS])
 
 
-def test_two_processes_with_groups_of_unequal_size_do_what_one_does(small, monkeypatch):
-    flags = small(num_iterations=1, num_prompts_per_iteration=8, pool=2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    ranks = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=work, args=(flags, environment)) for environment in ranks]
-    for process in processes:
-        process.start()
-    monkeypatch.setattr(rewards, "build", lambda *_: Lopsided(flags["prompts"]))
+@pytest.mark.parametrize("num_prompts", [4, 8])
+def test_two_processes_with_groups_of_unequal_size_do_what_one_does(
+    small, monkeypatch, start_processes, num_prompts
+):
+    # with 4, each process has one prompt per update: there, this once crashed
+    flags = small(num_iterations=1, num_prompts_per_iteration=num_prompts, pool=2, seed=2)
+    wait = start_processes(superflow, flags, prepare=lopsided_rewards)
+    monkeypatch.setattr(rewards, "build", lambda *_: Lopsided(training_prompts(flags)))
     alone = train(Args(**flags | {"output_dir": flags["output_dir"] + "a"}))
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
-    (both,) = Path(flags["output_dir"]).iterdir()
+    both = wait()
     one, two = metrics(alone)[1], metrics(both)[1]
     assert 3 < one["charts/group_size"] < 4
     for name, value in one.items():
         assert two[name] == pytest.approx(value, abs=1e-5), name
-    torch.testing.assert_close(saved_progress(both)["counts"], saved_progress(alone)["counts"])
+    torch.testing.assert_close(progress_of(both)["counts"], progress_of(alone)["counts"])
+
+
+def test_it_learns_what_is_rewarded_and_what_to_expect(small, monkeypatch):
+    # eight rollouts of 32 images or fewer: held-out images get brighter, by more than half, and the tracker's
+    # values come close to the rewards
+    monkeypatch.setattr(rewards, "build", lambda *_: Brightness(levels=None))
+    flags = dict(num_iterations=8, num_prompts_per_iteration=4, num_images_per_prompt=8, learning_rate=3e-3)
+    rows = metrics(train(Args(**small(eval_num_inference_steps=4, **flags))))
+    assert rows[-1]["eval/reward"] > 1.5 * rows[0]["eval/reward"]
+    assert rows[-1]["charts/reward_mean"] > 1.5 * rows[1]["charts/reward_mean"]
+    assert rows[1]["charts/value_error"] > 0.1 and rows[-1]["charts/value_error"] < 0.06
 
 
 @pytest.mark.parametrize(
@@ -552,6 +603,7 @@ def test_two_processes_with_groups_of_unequal_size_do_what_one_does(small, monke
         dict(start_images=-1),
         dict(forgetting=1.0),
         dict(forgetting=-0.1),
+        dict(pool=1001),
     ],
     ids=str,
 )
@@ -561,6 +613,11 @@ def test_bad_flags_are_refused_before_the_model_is_loaded(small, monkeypatch, ch
     with pytest.raises(BadInput, match="--" + name.replace("_", "-")):
         train(Args(**small(**changes)))
     assert not Path(small()["output_dir"]).exists()
+
+
+def test_a_pool_too_large_for_memory_is_refused(small):
+    with pytest.raises(BadInput, match="--pool times --num-prompts-per-iteration"):
+        train(Args(**small(pool=1000, num_prompts_per_iteration=1002)))
 
 
 @pytest.mark.parametrize("start_images", [0, 1])

@@ -1,45 +1,17 @@
+"""Rewards from CLIP."""
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub import constants, try_to_load_from_cache
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    BlipTextConfig,
-    BlipTextModel,
-    BlipVisionConfig,
-    BlipVisionModel,
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
 from rewards import BadInput, clip, imagereward
 from rewards import weights as convert
-
-TEXTS = ["a red circle", "two squares and a long tail of words", "x", "a blue cross left of a green circle"]
-
-
-def tiny_tokenizer():
-    """One token a byte, <s> before and </s> after: ids 0 to 255, 256 and 257."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate([*alphabet, "<s>", "</s>"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [("<s>", 256), ("</s>", 257)]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
-
-
-def tiny_config():
-    both = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    both |= dict(hidden_act="gelu", projection_dim=24)
-    text = dict(vocab_size=258, max_position_embeddings=40, eos_token_id=257, bos_token_id=256)
-    vision = dict(image_size=32, patch_size=8)
-    return CLIPConfig(text_config=both | text, vision_config=both | vision, projection_dim=24)
+from tests.rewards.drawing import to_uint8
+from tests.rewards.tiny_clip import TEXTS, pictures, tiny_config, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -64,21 +36,6 @@ def images():
     return pictures(48, 48, 4)
 
 
-def pictures(height, width, count=1, seed=0):
-    """Smooth random images of different tints (count, 3, height, width) in [0, 1], the first one noise."""
-    generator = torch.Generator().manual_seed(seed)
-    tint = torch.rand(count, 3, 1, 1, generator=generator)
-    coarse = 0.5 * torch.rand(count, 3, 9, 9, generator=generator) + 1.5 * tint - 0.5
-    smooth = F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
-    smooth[0] = torch.rand(3, height, width, generator=generator)
-    return smooth
-
-
-def to_uint8(image):
-    """(3, H, W) in [0, 1] -> (H, W, 3) uint8 array."""
-    return (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-
-
 def assert_same_pixels(pixels, reference):
     """Normalised images (3, h, w): at most two uint8 steps apart, nearly everywhere none."""
     steps = ((pixels - torch.as_tensor(reference)) * torch.tensor(clip.STD).view(3, 1, 1) * 255).abs()
@@ -87,7 +44,6 @@ def assert_same_pixels(pixels, reference):
     assert (steps > 0.01).float().mean() < 0.04
 
 
-# ---- preprocessing ----
 SIZES = [(64, 64), (128, 128), (224, 224), (256, 256), (300, 500), (512, 512)]
 
 
@@ -125,7 +81,6 @@ def test_images_are_rounded_to_8_bits_first():
     assert torch.equal(clip.preprocess(image), clip.preprocess(rounded))
 
 
-# ---- embeddings ----
 def test_image_embeds_are_the_projected_and_normalised_output(tiny, model, images):
     size = {"shortest_edge": 32}
     processor = CLIPImageProcessorPil(size=size, crop_size={"height": 32, "width": 32})
@@ -153,6 +108,20 @@ def test_a_text_beyond_the_models_length_is_cut(tiny):
     assert (tiny.text_embeds(["a" * 37]) - long[:1]).abs().max() > 1e-3
 
 
+def test_a_mark_in_a_text_is_text(tiny):
+    """As the token that ends a text, </s> would hide all that follows: the state is read at the first one."""
+    ends = tiny.text_embeds(["a dog</s> and a cat", "a dog</s> and a cow", "a dog", "<s>a dog"])
+    for k in (1, 2, 3):
+        assert (ends[0] - ends[k]).abs().max() > 1e-3
+    marked = PreTrainedTokenizerFast(
+        tokenizer_object=tiny.tokenizer.backend_tokenizer, eos_token="</s>", bos_token="<s>", pad_token="</s>"
+    )
+    other = clip.Clip(tiny.model, marked)
+    assert marked("a</s>").input_ids.count(257) == 2  # what it would be
+    ends = other.text_embeds(["a dog</s> and a cat", "a dog</s> and a cow", "a dog"])
+    assert (ends[0] - ends[1]).abs().max() > 1e-3 and (ends[0] - ends[2]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
 def test_chunks_change_nothing_and_keep_the_order(tiny, model, images, batch_size):
     other = clip.Clip(model, tiny_tokenizer(), batch_size)
@@ -160,7 +129,6 @@ def test_chunks_change_nothing_and_keep_the_order(tiny, model, images, batch_siz
     torch.testing.assert_close(other.text_embeds(TEXTS), tiny.text_embeds(TEXTS), atol=1e-5, rtol=0)
 
 
-# ---- rewards ----
 def cosines(model, tiny, images, fit):
     pixels = clip.preprocess(images, 32, fit)
     tokens = tiny_tokenizer()(TEXTS, padding=True, truncation=True, max_length=40, return_tensors="pt")
@@ -231,7 +199,6 @@ def test_the_aesthetic_head_is_one_affine_map_of_the_image_embedding(tiny, image
         clip.make_aesthetic([], "cpu", model=str(tmp_path / "head.pth"))
 
 
-# ---- weights from open_clip ----
 def open_clip_shapes(width, layers, mlp, dim, prefix=""):
     """Names and shapes of one transformer of an open_clip checkpoint."""
     shapes = {}
@@ -341,116 +308,6 @@ def test_hpsv2_computes_what_open_clip_would(tmp_path, monkeypatch):
         clip.make_hpsv2([], "cpu")
 
 
-# ---- imagereward ----
-def tiny_blip_configs():
-    both = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    text = dict(vocab_size=258, encoder_hidden_size=32, max_position_embeddings=64)
-    return BlipVisionConfig(**both, image_size=32, patch_size=8), BlipTextConfig(**both, **text)
-
-
-def imagereward_checkpoint(vision, text, head, make):
-    """What ImageReward's authors saved, for these sizes: {name: make(shape)}."""
-    v, w, mlp = vision.hidden_size, text.hidden_size, text.intermediate_size
-    tokens, side = (vision.image_size // vision.patch_size) ** 2 + 1, vision.patch_size
-    shapes = {"cls_token": (1, 1, v), "pos_embed": (1, tokens, v), "norm.weight": (v,), "norm.bias": (v,)}
-    shapes |= {"patch_embed.proj.weight": (v, 3, side, side), "patch_embed.proj.bias": (v,)}
-    linear = {"attn.qkv": (3 * v, v), "attn.proj": (v, v), "mlp.fc1": (vision.intermediate_size, v)}
-    linear |= {"mlp.fc2": (v, vision.intermediate_size), "norm1": (v,), "norm2": (v,)}
-    for i in range(vision.num_hidden_layers):
-        for name, shape in linear.items():
-            shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
-    shapes = {f"blip.visual_encoder.{name}": shape for name, shape in shapes.items()}
-    encoder = {"embeddings.word_embeddings.weight": (text.vocab_size, w)}
-    encoder |= {"embeddings.position_embeddings.weight": (text.max_position_embeddings, w)}
-    encoder |= {"embeddings.LayerNorm.weight": (w,), "embeddings.LayerNorm.bias": (w,)}
-    encoder |= {"embeddings.position_ids": (1, text.max_position_embeddings)}
-    linear = {"intermediate.dense": (mlp, w), "output.dense": (w, mlp), "output.LayerNorm": (w,)}
-    for kind, width in {"attention": w, "crossattention": v}.items():
-        linear |= {
-            f"{kind}.self.query": (w, w),
-            f"{kind}.self.key": (w, width),
-            f"{kind}.self.value": (w, width),
-        }
-        linear |= {f"{kind}.output.dense": (w, w), f"{kind}.output.LayerNorm": (w,)}
-    for i in range(text.num_hidden_layers):
-        for name, shape in linear.items():
-            encoder |= {
-                f"encoder.layer.{i}.{name}.weight": shape,
-                f"encoder.layer.{i}.{name}.bias": shape[:1],
-            }
-    shapes |= {f"blip.text_encoder.{name}": shape for name, shape in encoder.items()}
-    shapes |= {"blip.vision_proj.weight": (256, v), "blip.vision_proj.bias": (256,)}
-    shapes |= {"blip.text_proj.weight": (256, w), "blip.text_proj.bias": (256,)}
-    shapes |= {f"mlp.layers.{name}": tensor.shape for name, tensor in head.state_dict().items()}
-    return {name: make(shape) for name, shape in shapes.items()}
-
-
-def test_imagerewards_names_are_all_converted():
-    configs = imagereward.blip_configs()
-    with torch.device("meta"):
-        head = clip.linear_head()
-        modules = BlipVisionModel(configs[0]), BlipTextModel(configs[1], add_pooling_layer=False), head
-    state = imagereward_checkpoint(*configs, head, lambda shape: torch.empty(shape, device="meta"))
-    for module, converted in zip(modules, imagereward.from_blip(state), strict=True):
-        expected = module.state_dict()
-        assert {name: t.shape for name, t in converted.items()} == {
-            name: t.shape for name, t in expected.items()
-        }
-    # the values of the authors' med_config.json and of their image encoder that no shape shows
-    assert (configs[0].num_attention_heads, configs[0].layer_norm_eps, configs[0].hidden_act) == (
-        16,
-        1e-6,
-        "gelu",
-    )
-    assert (configs[1].num_attention_heads, configs[1].layer_norm_eps, configs[1].hidden_act) == (
-        12,
-        1e-12,
-        "gelu",
-    )
-
-
-def test_imagereward_scores_the_first_state_of_the_text_that_saw_the_image(tmp_path, monkeypatch, images):
-    torch.manual_seed(3)
-    configs, head = tiny_blip_configs(), clip.linear_head(32)
-    state = imagereward_checkpoint(
-        *configs, head, lambda shape: 2 * torch.randn(shape) / (shape[-1] ** 0.5 + 1)
-    )
-    torch.save(state, tmp_path / "ImageReward.pt")
-    monkeypatch.setattr(imagereward, "file_from_hub", lambda name, filename: tmp_path / filename)
-    monkeypatch.setattr(imagereward, "from_hub", lambda *_: tiny_tokenizer())
-    monkeypatch.setattr(imagereward, "blip_configs", lambda: configs)
-    monkeypatch.setattr(imagereward, "linear_head", lambda: head)
-    reward = imagereward.make_imagereward([], "cpu")
-    values = reward(images, TEXTS, [{}] * 4)
-    assert values.shape == (4,) and values.dtype == torch.float32 and not values.requires_grad
-    for image, prompt, value in zip(images, TEXTS, values):  # one by one, so without padding
-        ids = torch.tensor([[256, *tiny_tokenizer()(prompt, add_special_tokens=False).input_ids[:33], 257]])
-        patches = reward.vision(clip.preprocess(image[None], 32)).last_hidden_state
-        state = reward.text(ids, encoder_hidden_states=patches).last_hidden_state[0, 0]
-        expected = (reward.head(state) - 0.16717362830052426) / 1.0333394966054072
-        torch.testing.assert_close(value, expected[0], atol=1e-4, rtol=0)
-    swapped = reward(images.flip(0), TEXTS, [{}] * 4)
-    assert (swapped - values).abs().min() > 0.01  # it does look at the image
-    reward.batch_size = 3
-    torch.testing.assert_close(reward(images, TEXTS, [{}] * 4), values, atol=1e-4, rtol=0)
-    reward.vision.to(torch.bfloat16), reward.text.to(torch.bfloat16)  # as on CUDA
-    coarse = reward(images, TEXTS, [{}] * 4)
-    assert coarse.dtype == torch.float32 and (coarse - values).abs().max() < 0.2 * values.std()
-
-
-# ---- files of weights ----
-def test_a_file_of_weights_cannot_run_code(tmp_path):
-    class Code:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "it ran"), "w"))
-
-    torch.save({"weight": Code()}, tmp_path / "weights.pt")
-    with pytest.raises(BadInput, match="weights.pt is no file of weights"):
-        convert.read_state(tmp_path / "weights.pt")
-    assert not (tmp_path / "it ran").exists()
-
-
-# ---- weights that are not there, weights that are ----
 FACTORIES = [clip.make_clipscore, clip.make_pickscore, clip.make_hpsv2, clip.make_aesthetic]
 
 

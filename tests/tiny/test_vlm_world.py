@@ -5,12 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from rewards.geneval.detection import TAGS, Detection
 from rewards.geneval.rule import passes
-from rewards.prompts import load_prompts
-from tiny import pretrain, vlm_world, world
+from tiny import vlm_world, world
 from tiny.vlm_world import keeps_meaning, parse, rewrite
 
 CONTENTS = [content for tag in TAGS for content in world.all_contents(tag)]
@@ -181,7 +179,7 @@ def test_a_detailed_wording_that_keeps_the_meaning_is_a_picture_that_passes():
 def test_rewrites_keep_the_meaning_differ_and_use_no_held_out_word():
     rng, held_out = random.Random(0), set()
     for table in (world.SHAPE_WORDS, world.COLOR_WORDS, world.COUNT_WORDS, world.RELATION_WORDS):
-        held_out |= {vlm_world.plural(words[2]) for words in table.values()} | {
+        held_out |= {world.plural(words[2]) for words in table.values()} | {
             words[2] for words in table.values()
         }
     for _ in range(300):
@@ -276,79 +274,3 @@ def test_edit_answers():
     added = [*things, world.Thing("cross", "white", 32, 54, 8)]
     asked = content("add", clause("circle"), clause("square"), clause("cross"))
     assert vlm_world.edit_answers(things, "add a white cross", added, asked)[1] == "add a white cross bottom"
-
-
-# === tokenizer, template, inputs ===
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return pretrain.build_chat_tokenizer()
-
-
-def test_the_tokenizer_reads_any_text_and_knows_the_worlds_words(tokenizer):
-    for text in ("Ünïcode ☃ <answer>\n", *(world.canonical(c) for c in CONTENTS[:50])):
-        assert tokenizer.decode(tokenizer(text).input_ids) == text
-    words = "a red circle to the left of a blue square, purple triangle top"
-    assert len(tokenizer(words).input_ids) == len(words.split()) + 1  # a comma
-    assert tokenizer.tokenize('"K7"</answer>') == ['"', "K", "7", '"', "</answer>"]
-    assert tokenizer.decode(
-        tokenizer("<answer>a</answer><|im_end|>").input_ids, skip_special_tokens=True
-    ) == ("<answer>a</answer>")
-
-
-def test_the_chat_format_is_qwens(tokenizer):
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi."}]}
-    turns = [user, {"role": "assistant", "content": "Yes."}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-    assert text == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Hi.<|im_end|>\n"
-        "<|im_start|>assistant\nYes.<|im_end|>\n"
-    )
-    own = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
-    text = tokenizer.apply_chat_template(own, tokenize=False, add_generation_prompt=True)
-    assert text == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_inputs_with_and_without_images(tokenizer, side):
-    processor, image = pretrain.build_image_processor(), np.zeros((64, 64, 3), np.uint8)
-    examples = [(None, "Hi.", "<answer>a circle</answer>"), (image, "Describe the image.", "red circle top")]
-    inputs = pretrain.chat_inputs(tokenizer, processor, examples, side)
-    assert inputs["image_grid_thw"].tolist() == [[1, 8, 8]]
-    assert inputs["mm_token_type_ids"].sum(1).tolist() == [0, 16]
-    learnt = [row[row >= 0] for row in inputs["labels"]]
-    assert tokenizer.batch_decode(learnt) == [
-        "<answer>a circle</answer><|im_end|>",
-        "red circle top<|im_end|>",
-    ]
-    pads = (inputs["attention_mask"] == 0)[0].nonzero().flatten().tolist()
-    assert pads and pads[0 if side == "left" else -1] == (
-        0 if side == "left" else inputs["input_ids"].shape[1] - 1
-    )
-    torch.manual_seed(0)
-    vlm = pretrain.build_vlm(tokenizer)
-    with torch.no_grad():
-        loss = vlm(**inputs).loss
-        alone = [vlm(**pretrain.chat_inputs(tokenizer, processor, [e], side)).loss for e in examples]
-    counts = [len(row) for row in learnt]
-    expected = sum(count * one for count, one in zip(counts, alone)) / sum(counts)
-    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=0)
-
-
-def test_the_shipped_model_keeps_the_meaning_in_many_words():
-    folder = world.PROMPTS.parent / "vlm"
-    tokenizer, processor = (kind.from_pretrained(folder) for kind in (AutoTokenizer, AutoImageProcessor))
-    vlm = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    prompts, metadata = load_prompts(world.PROMPTS / "eval.jsonl")
-    rows = range(0, len(prompts), len(prompts) // 12)
-    questions = [(None, vlm_world.REWRITE.format(prompt=prompts[row])) for row in rows for _ in range(8)]
-    torch.manual_seed(0)
-    sampled = pretrain.reply(vlm, tokenizer, processor, questions, do_sample=True, top_k=0)
-    answers = [pretrain.answer_of(text) for text in sampled]
-    kept = [keeps_meaning(text, metadata[rows[i // 8]]) for i, text in enumerate(answers)]
-    distinct = [len(set(answers[i : i + 8])) for i in range(0, len(answers), 8)]
-    assert np.mean(kept) > 0.9 and np.mean(distinct) > 4

@@ -8,7 +8,7 @@ from einops import rearrange
 
 from rewards.geneval import detection, rule
 from rewards.tiny_world import shapes
-from tiny import pretrain, world
+from tiny import world
 
 FILES = ("train", "eval", "eval_paraphrased", "text_train", "text_eval", "edit_train", "edit_eval")
 WORD_TABLES = (world.SHAPE_WORDS, world.COLOR_WORDS, world.COUNT_WORDS, world.RELATION_WORDS)
@@ -250,33 +250,3 @@ def test_a_mirrored_position_is_shown_by_the_same_picture():
 def test_different_canonical_sentences_mean_different_contents():
     contents = [content for tag in detection.TAGS for content in world.all_contents(tag)]
     assert len({world.canonical(content) for content in contents}) == len(contents)
-
-
-def test_every_wording_fits_the_tokenizer_without_unknown_words():
-    rng, sentences = random.Random(0), set()
-    for content in [content for tag in detection.TAGS for content in world.all_contents(tag)]:
-        for words in (first, lambda options: options[1], lambda options: options[2]):
-            sentences |= {world.say(content, words), world.say(content, words, flip=True)}
-        sentences |= {world.paraphrase(content, rng, held_out=i % 2 == 0) for i in range(8)}
-        sentences |= {world.detailed(content, world.realise(content, rng)) for _ in range(4)}
-    for _ in range(100):
-        text = world.text_content(world.random_text(rng))
-        sentences |= {world.canonical(text), world.paraphrase(text, rng), world.paraphrase(text, rng, True)}
-        sentences |= {world.detailed(text, []), world.sample_edit(rng)[1]}
-    sentences |= {row["prompt"] for name in FILES for row in shipped(name)}
-    sentences = sorted(sentences)
-    assert len(sentences) > 2000
-    tokenizer = pretrain.build_tokenizer()
-    ids = tokenizer(sentences).input_ids
-    assert max(map(len, ids)) <= pretrain.MAX_TOKENS == 24
-    assert [s for s, row in zip(sentences, ids) if tokenizer.unk_token_id in row] == []
-    assert tokenizer.unk_token_id in tokenizer("a purple elephant").input_ids
-
-
-def test_the_tokenizer_keeps_sentences_apart():
-    tokenizer = pretrain.build_tokenizer()
-    sentences = ["a square left of a circle", "a circle left of a square", 'the text "K7"', 'the text "7K"']
-    ids = [tuple(row) for row in tokenizer(sentences).input_ids]
-    assert len(set(ids)) == len(ids)
-    words = tokenizer.convert_ids_to_tokens(ids[2])
-    assert words == ["<start>", "the", "text", '"', "K", "7", '"', "<end>"]

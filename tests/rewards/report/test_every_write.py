@@ -13,8 +13,8 @@ from pathlib import Path
 
 import miniature
 import pytest
-from conftest import hash_folder, in_a_child
 
+from conftest import hash_folder, in_a_child
 from rewards.command_line import execute
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")

@@ -13,8 +13,8 @@ from pathlib import Path
 import miniature
 import pytest
 import torch
-from conftest import hash_folder, in_a_child
 
+from conftest import hash_folder, in_a_child
 from rewards import BadInput
 from rewards.report import lock as lock_module
 from rewards.report.inputs import fingerprint_model

@@ -1,0 +1,94 @@
+"""Runs one setting of an algorithm on several seeds, and keeps a record of each run.
+
+    python -m benchmark.run_seeds SETTING FILE.py --seeds 1 2 3 [--jobs 2 --threads 1] [-- FLAGS OF THE FILE]
+
+For example, `python -m benchmark.run_seeds flow_grpo/default flow_grpo.py --seeds 1 2 3` writes
+benchmark/results/flow_grpo/default/seed-1.json and so on: the command, commit, date, machine, seconds, and
+the rows of metrics.jsonl. The runs themselves are in runs/benchmark/.
+
+A seed that has a record is not run again, so an interrupted command can be given once more. In a clone of
+this repository the records of docs/ exist. To reproduce them, add --results runs/records.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmark.records import RESULTS, ROOT, RUNS, circumstances, missing_seeds, record_path, write_record
+
+
+def start(setting, seed, script, flags, threads):
+    """Starts a run in the background: (process, the record that its results will join)."""
+    output_dir = RUNS / setting / f"seed-{seed}-{int(time.time())}"
+    command = [script] + flags + ["--seed", str(seed)]
+    record = {"name": setting, "seed": seed, "command": " ".join(["python"] + command)}
+    record |= circumstances(f"{threads} threads a run")
+    record["output_dir"] = output_dir
+    record["began"] = time.time()
+    words = [sys.executable] + command
+    words += ["--output-dir", str(output_dir)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(words, cwd=ROOT, env=environment)
+    return process, record
+
+
+def finish(process, record, results, measure_diversity):
+    """Waits for a run and writes its record."""
+    if process.wait() != 0:
+        raise SystemExit(f"{record['command']} failed with exit code {process.returncode}")
+    (run_dir,) = record.pop("output_dir").iterdir()
+    record["seconds"] = round(time.time() - record.pop("began"), 1)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    record["metrics"] = [json.loads(line) for line in lines]
+    transformer = run_dir / "transformer"
+    is_on_geneval = "eval/geneval" in record["metrics"][-1]
+    if measure_diversity and is_on_geneval and transformer.exists():
+        from benchmark.measure_diversity import (
+            diversity,
+        )  # here: it loads torch, which --help need not wait for
+
+        record["diversity"] = {"before": diversity(None), "after": diversity(transformer)}
+    write_record(record_path(record["name"], record["seed"], results), record)
+
+
+def run_seeds(args, flags):
+    """Runs the seeds that have no record, args.jobs at a time."""
+    measure_diversity = not args.no_diversity
+    running = []
+    for seed in missing_seeds(args.setting, args.seeds, args.results):
+        if len(running) == args.jobs:
+            process, record = running.pop(0)
+            finish(process, record, args.results, measure_diversity)
+        running.append(start(args.setting, seed, args.script, flags, args.threads))
+    for process, record in running:
+        finish(process, record, args.results, measure_diversity)
+
+
+def parse(words):
+    """(own options, flags of the algorithm file), which stand after a "--"."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("setting", help="folder of the records, such as flow_grpo/default")
+    parser.add_argument("script", help="algorithm file, such as flow_grpo.py")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
+    num_cores = os.cpu_count()
+    parser.add_argument("--threads", type=int, default=num_cores, help="threads of each run")
+    parser.add_argument("--no-diversity", action="store_true", help="do not measure the images' diversity")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of all records")
+    flags = []
+    if "--" in words:
+        position = words.index("--")
+        flags = words[position + 1 :]
+        words = words[:position]
+    return parser.parse_args(words), flags
+
+
+if __name__ == "__main__":
+    args, flags = parse(sys.argv[1:])
+    run_seeds(args, flags)

@@ -1,0 +1,71 @@
+"""Running a setting on several seeds, with a stand-in for the algorithm file."""
+
+import json
+
+import pytest
+
+from benchmark import run_seeds
+from benchmark.records import RESULTS
+
+SCRIPT = """
+import argparse, json, pathlib
+parser = argparse.ArgumentParser()
+parser.add_argument("--seed", type=int)
+parser.add_argument("--output-dir")
+parser.add_argument("--fail", action="store_true")
+args = parser.parse_args()
+if args.fail:
+    raise SystemExit(3)
+folder = pathlib.Path(args.output_dir) / "run"
+folder.mkdir(parents=True)
+(folder / "metrics.jsonl").write_text(json.dumps({"iteration": 0, "eval/reward": args.seed}) + "\\n")
+"""
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_seeds, "RUNS", tmp_path / "runs")
+    path = tmp_path / "algorithm.py"
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+def test_each_seed_leaves_a_record_and_is_not_run_twice(script, tmp_path, capsys):
+    words = [
+        "some/setting",
+        script,
+        "--seeds",
+        "4",
+        "5",
+        "--jobs",
+        "2",
+        "--results",
+        str(tmp_path / "records"),
+    ]
+    run_seeds.run_seeds(*run_seeds.parse(words))
+    for seed in (4, 5):
+        record = json.loads((tmp_path / "records" / "some" / "setting" / f"seed-{seed}.json").read_text())
+        assert record["metrics"] == [{"iteration": 0, "eval/reward": seed}]
+        assert record["command"] == f"python {script} --seed {seed}" and record["name"] == "some/setting"
+        assert {"commit", "date", "machine", "seconds"} <= record.keys() and "output_dir" not in record
+    capsys.readouterr()
+    run_seeds.run_seeds(*run_seeds.parse(words))
+    assert capsys.readouterr().out.count("is not run") == 2
+
+
+def test_a_run_that_fails_ends_in_one_line(script, tmp_path):
+    words = ["s", script, "--seeds", "1", "--results", str(tmp_path / "records"), "--", "--fail"]
+    with pytest.raises(SystemExit, match="--fail --seed 1 failed with exit code 3"):
+        run_seeds.run_seeds(*run_seeds.parse(words))
+    assert not (tmp_path / "records").exists()
+
+
+def test_the_documented_command_does_not_do_nothing_silently(capsys):
+    run_seeds.run_seeds(*run_seeds.parse(["flow_grpo/default", "flow_grpo.py", "--seeds", "1"]))
+    said = capsys.readouterr().out
+    assert "seed 1 is not run" in said and "--results" in said
+
+
+def test_flags_of_the_file_stand_after_two_dashes():
+    args, flags = run_seeds.parse(["a/b", "x.py", "--seeds", "1", "2", "--", "--seeds", "3"])
+    assert args.seeds == [1, 2] and flags == ["--seeds", "3"] and args.results == RESULTS

@@ -1,0 +1,140 @@
+"""The tiny world's image model, untrained: a StableDiffusion3Pipeline of 3.3 million parameters, without T5.
+
+`pretrain_image_model.py` trains it. Its prompts are lower case. Capitals and digits in a prompt are
+characters to draw, and each is a token.
+"""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+
+from rewards.tiny_world.glyphs import CHARACTERS
+from tiny import world
+
+MAX_TOKENS = 24  # the longest prompt of the world has 20 tokens, with its start and end
+TEXT_WIDTH = 64  # of the text encoders
+WIDTH = 128  # of the transformer of tiny/sd3
+SECOND_WIDTH = 96  # of the transformer of tiny/sd3b
+NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants to be told so, in every call
+
+
+# ---- tokenizer: one token per word, one per character of a text to draw ----
+def vocabulary():
+    """All tokens: special ones, characters to draw, and the words of all sentences of the world."""
+    phrases = ["a an , text large white center photo of picture"]
+    phrases += ["make add remove move replace the to with it is at in on no and"]
+    tables = (world.SHAPE_WORDS, world.COLOR_WORDS, world.COUNT_WORDS, world.RELATION_WORDS, world.SENTENCES)
+    for table in tables:
+        for options in table.values():
+            phrases += options
+    for names in world.PLACES:
+        phrases += names
+    words = set()
+    for phrase in phrases:
+        spaced = phrase.replace("{", " {").replace('"', " ")
+        words.update(word for word in spaced.split() if "{" not in word)
+    for options in world.SHAPE_WORDS.values():
+        words.update(world.plural(word) for word in options)
+    return ["<pad>", "<start>", "<end>", "<unknown>", '"', *CHARACTERS, *sorted(words)]
+
+
+def build_tokenizer():
+    """A word-level tokenizer in transformers' format, as CLIP's: start and end around a prompt."""
+    ids = {word: number for number, word in enumerate(vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unknown>"))
+    characters = pre_tokenizers.Split(Regex("[A-Z0-9]|[^a-z]"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), characters])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>",
+        special_tokens=[("<start>", ids["<start>"]), ("<end>", ids["<end>"])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=MAX_TOKENS,
+        pad_token="<pad>",
+        bos_token="<start>",
+        eos_token="<end>",
+        unk_token="<unknown>",
+    )
+
+
+# ---- networks ----
+def build_vae():
+    """An autoencoder of factor 8: an image (3, 64, 64) becomes a latent (8, 8, 8)."""
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(8, 16, 32, 64),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        sample_size=world.SIZE,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+
+
+def build_text_encoder(tokenizer):
+    """A CLIP text encoder with a projection, as SD3 has two of."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=3,  # SD3 reads the last but one
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def build_transformer(num_layers=4, width=WIDTH):
+    """SD3's transformer on 16 patches, with the QK norm of SD3.5."""
+    transformer = SD3Transformer2DModel(
+        sample_size=world.SIZE // 8,
+        patch_size=2,
+        in_channels=8,
+        out_channels=8,
+        num_layers=num_layers,
+        attention_head_dim=32,
+        num_attention_heads=width // 32,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        caption_projection_dim=width,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        pos_embed_max_size=world.SIZE // 16,
+        qk_norm="rms_norm",
+    )
+    # Each block starts as the identity, and the output at zero (adaLN-Zero, Peebles & Xie 2023).
+    zeroed = ("norm1.linear", "norm1_context.linear", "norm_out.linear")
+    for name, module in transformer.named_modules():
+        if name.endswith(zeroed) or name == "proj_out":
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    return transformer
+
+
+def build_pipeline(vae_folder, width=WIDTH):
+    """The pipeline with the autoencoder of a pipeline's folder, and everything else untrained."""
+    tokenizer = build_tokenizer()
+    return StableDiffusion3Pipeline(
+        transformer=build_transformer(width=width),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKL.from_pretrained(vae_folder, subfolder="vae"),
+        text_encoder=build_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=build_text_encoder(tokenizer),
+        tokenizer_2=tokenizer,
+        **NO_T5,
+    )
