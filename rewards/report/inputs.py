@@ -22,7 +22,8 @@ def describe_inputs(args, script):
     try:
         inputs = {"the script": digest(Path(script).read_bytes())}
         for name, file in load_prompt_files(args.prompts, args.eval_prompts).items():
-            rows = json.dumps([file.prompts, file.metadata])
+            sizes = [os.path.getsize(row["source"]) for row in file.metadata if "source" in row]
+            rows = json.dumps([file.prompts, file.metadata, sizes])
             inputs[f"the prompt file for {name}"] = digest(rows.encode())
         for where, name in find_names(args):
             fingerprint = fingerprint_model(name)

@@ -55,7 +55,7 @@ def train(args):
     files.pop("train")
     model, optimizer = make_model(args)
 
-    def sample(prompts, rows):
+    def sample(prompts, metadata, rows):
         values = torch.sigmoid(model(torch.eye(3)[:1])).detach()
         images = values[0, 0].expand(len(rows), 3, 8, 8)
         films = [[(torch.zeros(8, 8, 3), "noise")] for _ in rows]

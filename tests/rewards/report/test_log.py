@@ -214,7 +214,7 @@ def test_the_curve_is_the_rewards_and_its_legend_hides_nothing(tmp_path, monkeyp
 def test_only_what_is_shown_is_kept_in_memory():
     batches = []
 
-    def sample(prompts, rows):
+    def sample(prompts, metadata, rows):
         batches.append(torch.zeros(len(rows), 3, 4, 4))
         return report.Samples(batches[-1], captions=prompts)
 

@@ -369,7 +369,7 @@ def test_other_flags_are_named_as_ignored(finished_run, capsys):
 # === one process at a time ===
 
 
-def test_a_run_in_use_is_refused_until_the_other_process_is_dead(finished_run, is_refused):
+def test_a_run_in_use_is_refused_until_the_other_process_is_dead(finished_run):
     lock_module.unlock(finished_run)
     ready, write_ready = os.pipe()
     child = os.fork()
@@ -380,13 +380,15 @@ def test_a_run_in_use_is_refused_until_the_other_process_is_dead(finished_run, i
             signal.pause()
         finally:
             os._exit(1)
-    os.read(ready, 1)
-    before = hash_folder(finished_run)
-    with pytest.raises(BadInput, match="in use by another process"):
-        miniature.train(miniature.Args(resume=str(finished_run)))
-    assert hash_folder(finished_run) == before
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    try:
+        os.read(ready, 1)
+        before = hash_folder(finished_run)
+        with pytest.raises(BadInput, match="in use by another process"):
+            miniature.train(miniature.Args(resume=str(finished_run)))
+        assert hash_folder(finished_run) == before
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     miniature.train(miniature.Args(resume=str(finished_run)))
 
 
@@ -419,7 +421,7 @@ def test_a_file_system_without_locks_is_no_obstacle(finished_run, monkeypatch):
     miniature.train(miniature.Args(resume=str(finished_run)))
 
 
-def test_a_run_that_cannot_be_written_to_is_refused(finished_run, is_refused, monkeypatch):
+def test_a_run_that_cannot_be_written_to_is_refused(finished_run, monkeypatch):
     def no_rights(path, mode):
         raise PermissionError(errno.EACCES, "Permission denied")
 
