@@ -63,6 +63,7 @@ import functools
 import math
 import os
 import re
+import shutil
 from typing import Annotated, Literal, NamedTuple
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no notes about optional packages
@@ -253,6 +254,8 @@ def check_model(args, every_prompt):
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
     if args.lora_rank > width:
         raise BadInput(f"--lora-rank {args.lora_rank} must be at most {width}, the width of the transformer")
+    if args.compile and not any(shutil.which(name) for name in ("g++", "clang++", "gcc", "clang")):
+        raise BadInput("--compile needs a C++ compiler: install one, such as g++")
     if flux and not transformer["guidance_embeds"]:
         command_line.say(
             f"warning: {args.model} is distilled for a few steps, as FLUX.1-schnell is. With the noise of "

@@ -7,6 +7,8 @@ whole sampler exactly, without sampling: m' = A m + B, V' = A^2 V + std^2.
 
 import copy
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,10 @@ from peft import LoraConfig
 from torch.distributions import Normal, kl_divergence
 from torch.multiprocessing import spawn
 
+import fdfo
+import flow_grpo
+import promptrl
+import superflow
 from flow_grpo import (
     Args,
     Conditions,
@@ -42,6 +48,8 @@ from flow_grpo import (
     sum_over_processes,
     trained_parameters,
 )
+from rewards import BadInput
+from rewards.prompts import PromptFile
 
 F64 = torch.float64
 TYPES = ["flow", "cps"]
@@ -896,3 +904,14 @@ def test_a_prompts_embeddings_do_not_depend_on_what_is_cached():
     )
     for part in (0, 1):
         assert torch.equal(together[part], torch.cat([one[part] for one in alone]))
+
+
+@pytest.mark.parametrize("module", [flow_grpo, superflow, fdfo, promptrl], ids=lambda module: module.__name__)
+def test_compiling_without_a_compiler_is_refused_before_anything_is_loaded(module, monkeypatch):
+    args = module.Args(compile=True, model=str(Path(__file__).resolve().parents[2] / "tiny/sd3"))
+    file = PromptFile(["a circle"], [{}])
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == "clang" else None)
+    module.check_model(args, file)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(BadInput, match="C.. compiler"):
+        module.check_model(args, file)
