@@ -30,7 +30,7 @@ def write_checkpoint(run_dir, state):
     make_folder(path.parent)
     with write_aside(path) as temporary:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            torch.save(state | {"num_tensors": count_tensors(state)}, file)
 
 
 def read_checkpoint(run_dir):
@@ -46,8 +46,9 @@ def read_checkpoint(run_dir):
         iteration = state["progress"].get("iteration")
         if type(iteration) is not int or iteration < 0:
             raise ValueError("its iteration is not a whole number")
-        if iteration > 0:
-            check_optimizers_have_stepped(state)
+        num_tensors = state.pop("num_tensors", None)
+        if num_tensors != count_tensors(state):
+            raise ValueError("it is not complete")
     except Exception as error:  # a damaged file raises anything
         reason = str(error).strip() or type(error).__name__
         raise BadInput(f"cannot resume: {path} is missing or damaged ({reason.splitlines()[0]})") from None
@@ -65,11 +66,19 @@ def check_archive(path):
         raise ValueError(f"the checksum of {damaged} is wrong")
 
 
-def check_optimizers_have_stepped(state):
-    """Raises ValueError if an optimiser in a State is as new, although it has been used."""
-    for name, value in state.items():
-        if isinstance(value, dict) and "param_groups" in value and not value.get("state"):
-            raise ValueError(f"the {name} has no state")
+def count_tensors(value):
+    """The number of tensors in a State, at all depths.
+
+    Otherwise a missing part would not always be noticed: an optimiser without a state looks as if it were new,
+    and one may have taken no step for good reason.
+    """
+    if isinstance(value, torch.Tensor):
+        return 1
+    if isinstance(value, dict):
+        return sum(count_tensors(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(count_tensors(item) for item in value)
+    return 0
 
 
 def restore_parameters(parameters, saved):
