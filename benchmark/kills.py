@@ -38,12 +38,11 @@ ALGORITHMS = ["flow_grpo", "superflow", "fdfo", "promptrl", "promptloop"]
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 FAULTS = ["metrics", "checkpoint", "exports", "pictures", "torn files", "leftovers", "processes", "failures"]
 COLUMNS = ["kills", "missed"] + FAULTS
-KILLS_PER_RUN = 2
 PATIENCE = 60  # seconds in which all processes of a killed run must end; torchrun gives its own 30
 
 COMMON_FLAGS = """
     --device cpu --num-iterations 3 --eval-every 2 --save-every 1 --num-prompts-per-iteration 8
-    --num-images-per-prompt 4 --micro-batch-size 8 --num-inference-steps 4 --eval-num-inference-steps 4
+    --num-images-per-prompt 4 --micro-batch-size 8 --num-inference-steps 6 --eval-num-inference-steps 6
 """.split()
 VARIANTS = {  # of each algorithm, flags that lead to other exports
     "flow_grpo": ["", "--lora-rank 4"],
@@ -265,10 +264,16 @@ def run_whole(work, setting):
     began = time.monotonic()
     process = start(work, folder, setting, flags_of_new_run(work, folder, setting))
     if process.wait() != 0:
-        raise SystemExit(f"{setting} fails without any kill:\n{Path(f'{folder}.log').read_text()[-3000:]}")
+        raise SystemExit(f"{setting} fails without any kill: {last_lines(folder)}")
     seconds = time.monotonic() - began
     operations = int(Path(f"{folder}.count").read_text())
     return Whole(read_contents(find_run(folder)), seconds, operations)
+
+
+def last_lines(folder):
+    """The end of what the runs in a folder have printed."""
+    lines = Path(f"{folder}.log").read_text().strip().splitlines()
+    return "\n".join(lines[-3:])
 
 
 def next_flags(work, folder, setting):
@@ -306,7 +311,7 @@ def finish(work, folder, setting, whole):
     if not wait_for_all(process, folder, 600):
         return {"processes": "the resumed run does not end"}
     if process.returncode != 0:
-        return {"failures": Path(f"{folder}.log").read_text()[-2000:]}
+        return {"failures": last_lines(folder)}
     contents = read_contents(find_run(folder))
     faults = {}
     for kind, files in contents.items():
@@ -317,12 +322,15 @@ def finish(work, folder, setting, whole):
     return faults
 
 
-def draw_kill(index, whole):
+def draw_kill(index, whole, resumed):
     """The kill with this number: signals take turns, and so do random and aimed moments."""
     number = SIGNALS[index % len(SIGNALS)]
+    remaining = 0.5 if resumed else 1.0  # of the run, or a kill would often come too late
     if index // len(SIGNALS) % 2:
-        return Kill(number, random.uniform(0, 0.03), random.randint(1, whole.operations))
-    return Kill(number, random.triangular(0, whole.seconds, whole.seconds), None)
+        operation = random.randint(1, int(whole.operations * remaining))
+        return Kill(number, random.uniform(0, 0.03), operation)
+    end = whole.seconds * remaining
+    return Kill(number, random.triangular(0, end, end), None)
 
 
 def describe(kill):
@@ -348,8 +356,8 @@ def run_campaign(work, settings, num_kills):
         count = counts[setting]
         folder = work / f"run_{run_number}"
         found = []
-        for _ in range(KILLS_PER_RUN):
-            kill = draw_kill(index, wholes[setting])
+        for resumed in (False, True):
+            kill = draw_kill(index, wholes[setting], resumed)
             index += 1
             hit, faults = strike(work, folder, setting, kill)
             count["kills" if hit else "missed"] += 1

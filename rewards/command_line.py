@@ -173,6 +173,7 @@ def execute(main, args):
         try:
             check_ranges(args)
             main(args)
+            sys.stdout.flush()  # here, where it may fail: Python would report it as it ends, in its own way
         except BadInput as error:
             say_error("error", error)
             sys.exit(2)
@@ -189,7 +190,7 @@ def execute(main, args):
                 raise
             name = error.filename or "the output"
             say_error("stopped", f"cannot write {name}: {error.strerror}{advice}")
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still has to write
             sys.exit(1)
     except KeyboardInterrupt:
         say(f"Interrupted{advice}")

@@ -33,11 +33,10 @@ def load_font(size, bold=False):
 
 
 def wrap(text, width=28, lines_per_paragraph=None):
-    """The text as lines that can be drawn, of which each paragraph gets at most that many."""
+    """The text as lines, of which each paragraph gets at most that many."""
     lines = []
     for paragraph in text.split("\n"):
-        printable = "".join(letter if letter.isprintable() else "?" for letter in paragraph.expandtabs())
-        lines += textwrap.wrap(printable, width)[:lines_per_paragraph]
+        lines += textwrap.wrap(paragraph, width)[:lines_per_paragraph]
     return lines
 
 

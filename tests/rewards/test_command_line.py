@@ -237,10 +237,13 @@ def start(tmp_path):
     def start(body, *flags, stdout=subprocess.PIPE):
         script = tmp_path / "script.py"
         script.write_text(SCRIPT.format(root=str(ROOT), body=body))
+        environment = dict(os.environ)
+        environment.pop("PYTHONUNBUFFERED", None)
         return subprocess.Popen(
             [sys.executable, script, *flags],
             stdout=stdout,
             stderr=subprocess.PIPE,
+            env=environment,
             text=True,
         )
 
@@ -315,8 +318,9 @@ def test_a_second_ctrl_c_ends_a_run_that_does_not_end(start):
     assert process.returncode == 1
 
 
-def test_output_that_nobody_takes_ends_in_one_line(start):
-    process = start("[print('x' * 1000, flush=True) for _ in range(1000)]")
+@pytest.mark.parametrize("flush", [True, False])
+def test_output_that_nobody_takes_ends_in_one_line(start, flush):
+    process = start(f"time.sleep(1)\n    [print('x' * 1000, flush={flush}) for _ in range(5)]")
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait() == 1
@@ -324,9 +328,10 @@ def test_output_that_nobody_takes_ends_in_one_line(start):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_output_to_a_full_disk_ends_in_one_line(start):
+@pytest.mark.parametrize("flush", [True, False])
+def test_output_to_a_full_disk_ends_in_one_line(start, flush):
     with open("/dev/full", "w") as full:
-        process = start("print('x')\n    print('y', flush=True)", stdout=full)
+        process = start(f"print('x')\n    print('y', flush={flush})", stdout=full)
         err = process.communicate()[1]
     assert process.returncode == 1
     assert err.startswith("stopped: cannot write the output: No space left") and err.count("\n") == 1
