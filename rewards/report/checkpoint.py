@@ -69,7 +69,7 @@ def check_archive(path):
 def count_tensors(value):
     """The number of tensors in a State, at all depths.
 
-    Otherwise a missing part would not always be noticed: an optimiser without a state looks as if it were new,
+    Otherwise a missing part might not be noticed: an optimiser without a state looks as if it were new,
     and one may have taken no step for good reason.
     """
     if isinstance(value, torch.Tensor):
