@@ -83,7 +83,11 @@ def synchronise(path):
         files = [file for file in path.rglob("*") if file.is_file()]
     for file in files:
         with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
+            try:
+                os.fsync(opened.fileno())
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # some file systems cannot
+                    raise
 
 
 def remove(path):

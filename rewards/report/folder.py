@@ -49,7 +49,9 @@ def resume_run(args, script):
     if iteration > saved.num_iterations:
         raise BadInput(f"cannot resume {run_dir}: its checkpoint is of iteration {iteration}, after its end")
     read_rows(run_dir, iteration)
-    before = read_record(run_dir).get("inputs", {})
+    before = read_record(run_dir).get("inputs")
+    if not isinstance(before, dict):  # with resume_anyway
+        before = {}
     changes = find_changes(before, describe_inputs(saved, script))
     if changes:
         line = f"{', '.join(changes)} changed since the run began"

@@ -155,7 +155,8 @@ def sheet_title(path, row):
     if mode:
         title += f" ({mode})"
     reward = row.get(f"eval/reward_{mode}" if mode else "eval/reward")
-    return f"{title}: mean held-out reward {'not scored' if reward is None else f'{reward:.3f}'}"
+    score = "not scored" if reward is None else f"{reward:.3f}"
+    return f"{title}: mean held-out reward {score}"
 
 
 def print_change(before, after):

@@ -265,6 +265,20 @@ def test_what_cannot_be_written_is_one_line(tmp_path, number):
     assert (tmp_path / "x").stat().st_size == 2_000_000
 
 
+@pytest.mark.parametrize("number, fails", [("EINVAL", False), ("ENOTSUP", False), ("EIO", True)])
+def test_a_file_system_that_cannot_synchronise_is_no_obstacle(tmp_path, monkeypatch, number, fails):
+    def fsync(file):
+        raise OSError(getattr(errno, number), "fsync")
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    if fails:
+        with pytest.raises(files.CannotWrite):
+            files.write_text(tmp_path / "x", "text")
+    else:
+        files.write_text(tmp_path / "x", "text")
+    assert (tmp_path / "x").exists() == (not fails)
+
+
 def test_a_mistake_in_drawing_is_no_full_disk(tmp_path):
     with pytest.raises(ValueError, match="a mistake"), files.write_aside(tmp_path / "x") as temporary:
         temporary.write_text("half")

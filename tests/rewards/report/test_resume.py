@@ -141,8 +141,9 @@ def test_with_resume_anyway_a_missing_flag_has_its_default(finished_run):
     record = json.loads((finished_run / "args.json").read_text())
     record.pop("wandb_entity")
     record.pop("inputs")
-    (finished_run / "args.json").write_text(json.dumps(record))
-    miniature.train(miniature.Args(resume=str(finished_run), resume_anyway=True))
+    for inputs in ({}, {"inputs": 3}, {"inputs": {"the script": 3}}):
+        (finished_run / "args.json").write_text(json.dumps(record | inputs))
+        miniature.train(miniature.Args(resume=str(finished_run), resume_anyway=True))
 
 
 # === metrics.jsonl ===
