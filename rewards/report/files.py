@@ -26,10 +26,12 @@ def write_aside(path):
         synchronise(temporary)
         move(temporary, path)
     except Exception as error:
-        reason = find_disk_error(error)
-        if reason is None:
+        cause = find_cause(error)
+        if cause is None:
             raise
-        raise CannotWrite(describe_failure(path, temporary, reason)) from None
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        raise CannotWrite(describe_failure(path, temporary, cause)) from None
     finally:
         with contextlib.suppress(OSError):
             remove(temporary)
@@ -105,10 +107,13 @@ def remove_leftovers(run_dir):
             remove(path)
 
 
-def find_disk_error(error):
-    """The OSError that made a library's writing fail, None if it was something else."""
+def find_cause(error):
+    """The OSError or KeyboardInterrupt that made a library's writing fail, None if it was something else.
+
+    torch.save, interrupted, raises an error of its own about a file that is not whole.
+    """
     while error is not None:
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | KeyboardInterrupt):
             return error
         number = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors says it
         if number:

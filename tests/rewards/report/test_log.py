@@ -1,6 +1,7 @@
 """The log: rows that are valid JSON, pictures at every evaluation, and lines on the terminal."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -238,17 +239,38 @@ def test_the_shares_of_all_processes_are_one_evaluation():
 
 def test_a_full_disk_is_told_by_every_library():
     full = OSError(28, "No space left on device")
-    assert files.find_disk_error(full) is full
+    assert files.find_cause(full) is full
     try:
         try:
             raise full
         except OSError:
             raise RuntimeError("unexpected pos 704 vs 598")  # as torch.save does
     except RuntimeError as error:
-        assert files.find_disk_error(error) is full
+        assert files.find_cause(error) is full
     safetensors = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
-    assert files.find_disk_error(safetensors).errno == 28
-    assert files.find_disk_error(ValueError("a mistake in drawing")) is None
+    assert files.find_cause(safetensors).errno == 28
+    assert files.find_cause(ValueError("a mistake in drawing")) is None
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_ctrl_c_and_a_full_disk_inside_torch_save(tmp_path, number):
+    class Interrupted(io.BytesIO):
+        def __init__(self, error):
+            super().__init__()
+            self.error = error
+            self.calls = 0
+
+        def write(self, data):
+            self.calls += 1
+            if self.calls > number:
+                raise self.error
+            return super().write(data)
+
+    state = {"a": torch.zeros(100_000), "b": torch.zeros(100_000)}
+    with pytest.raises(KeyboardInterrupt), files.write_aside(tmp_path / "x"):
+        torch.save(state, Interrupted(KeyboardInterrupt()))
+    with pytest.raises(files.CannotWrite, match="No space left"), files.write_aside(tmp_path / "x"):
+        torch.save(state, Interrupted(OSError(28, "No space left on device")))
 
 
 @pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOENT", "EIO"])
