@@ -7,6 +7,7 @@ model is checked once there is one.
 import contextlib
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 
@@ -31,6 +32,10 @@ def open_run(args, script):
     first_reward = next(iter(parse_spec(args.rewards)))
     name = f"{Path(script).stem}-{first_reward}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.output_dir) / name
+    number = 1
+    while os.path.lexists(run_dir):  # another run began in this second
+        number += 1
+        run_dir = Path(args.output_dir) / f"{name}-{number}"
     if process_number() == 0:
         check_folder(run_dir)
         if args.track:

@@ -436,6 +436,13 @@ def test_a_run_that_cannot_be_written_to_is_refused(finished_run, monkeypatch):
 # === a new folder ===
 
 
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(world, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda form: "20260101-120000")
+    names = [miniature.train(miniature.Args()).name for _ in range(3)]
+    first = "miniature-jpeg-1-20260101-120000"
+    assert names == [first, f"{first}-2", f"{first}-3"]
+
+
 def test_a_folder_that_cannot_be_made_is_refused_and_none_is_left(world, ends_in_one_line):
     (world / "file").touch()
     before = hash_folder(world)
