@@ -30,12 +30,14 @@ Run (time and memory: docs/flow_grpo.md; the commands for real models were not r
       --num-inference-steps 10 --sde-window 0 --eval-num-inference-steps 40 --num-iterations 1000 \\
       --num-prompts-per-iteration 8 --num-images-per-prompt 8 --micro-batch-size 8 --gradient-checkpointing
   torchrun --nproc_per_node=8 flow_grpo.py ... --num-prompts-per-iteration 48 --num-images-per-prompt 24
+
 This KL coefficient is the official 0.04 times dt, about 0.1 (difference 1). docs/your_model.md has commands
 for FLUX.1 and Kontext.
 
 Conventions, the same in all five files:
   Time t runs from 1 (noise) to 0 (image), and x_t = (1 - t) x_0 + t noise.
   The velocity is v = noise - x_0, so an Euler step from t to t' < t is x_t + (t' - t) v.
+
 Letters, the same in all five files:
   P prompts per iteration, K images per prompt (of the largest group), B images in a batch,
   T denoising steps, W trained steps, U updates per rollout, N new tokens of a reply,

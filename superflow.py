@@ -49,6 +49,7 @@ Run (time and memory: docs/superflow.md; the commands for real models were not r
 Conventions, the same in all five files:
   Time t runs from 1 (noise) to 0 (image), and x_t = (1 - t) x_0 + t noise.
   The velocity is v = noise - x_0, so an Euler step from t to t' < t is x_t + (t' - t) v.
+
 Letters, the same in all five files:
   P prompts per iteration, K images per prompt (of the largest group), B images in a batch,
   T denoising steps, W trained steps, U updates per rollout, N new tokens of a reply,
