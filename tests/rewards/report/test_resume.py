@@ -452,7 +452,19 @@ def test_a_folder_that_cannot_be_made_is_refused_and_none_is_left(world, ends_in
         assert hash_folder(world) == before
 
 
-def test_tracking_without_a_key_is_refused_and_no_folder_is_left(world, ends_in_one_line, monkeypatch):
+@pytest.fixture
+def tracking_set_up_anew():
+    """W&B reads its environment once per process: what a test sets must not stay for the next one."""
+    import wandb
+
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def test_tracking_without_a_key_is_refused_and_no_folder_is_left(
+    world, ends_in_one_line, monkeypatch, tracking_set_up_anew
+):
     monkeypatch.setenv("HOME", str(world))
     monkeypatch.setenv("NETRC", str(world / "none"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -462,7 +474,9 @@ def test_tracking_without_a_key_is_refused_and_no_folder_is_left(world, ends_in_
     assert not (world / "runs").exists()
 
 
-def test_tracking_that_does_not_start_leaves_no_folder(world, ends_in_one_line, monkeypatch):
+def test_tracking_that_does_not_start_leaves_no_folder(
+    world, ends_in_one_line, monkeypatch, tracking_set_up_anew
+):
     import wandb
 
     def fail(**options):
