@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -374,3 +375,24 @@ def test_only_the_first_process_shows_help(monkeypatch, capsys):
             command_line.parse(Args, "A script.")
         assert stopped.value.code == 0
         assert ("A script." in capsys.readouterr().out) == (rank == "0")
+
+
+# === processes ===
+
+
+@pytest.mark.parametrize("error", [BadInput("wrong"), FloatingPointError("not finite"), KeyboardInterrupt()])
+def test_a_process_group_ends_with_its_process(monkeypatch, error):
+    ended = []
+    distributed = types.SimpleNamespace(
+        is_initialized=lambda: True,
+        get_backend=lambda: "gloo",
+        destroy_process_group=lambda: ended.append(True),
+    )
+    monkeypatch.setitem(sys.modules, "torch.distributed", distributed)
+
+    def fail(args):
+        raise error
+
+    with pytest.raises(SystemExit):
+        command_line.execute(fail, dataclasses.make_dataclass("Args", [])())
+    assert ended == [True]
