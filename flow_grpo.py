@@ -113,10 +113,10 @@ class Args:
     iteration with new prompts."""
     compile: bool = False
     """Compile the blocks of the transformer: faster, after a minute or more. Needs a C compiler."""
-    prompts: str = "tiny/prompts/train.jsonl"
+    prompts: str = "tiny/prompts/fold_0/train.jsonl"
     """Training prompts: a .txt with one prompt per line, or a .jsonl with "prompt" and metadata per line."""
     eval_prompts: str = ""
-    """Held-out prompts. Empty: the --prompts file with `train` in its name replaced by `eval`."""
+    """Held-out prompts. Empty: the --prompts file with `eval` or `dev` for `train` in its name."""
     rewards: str = "geneval"
     """Rewards with optional weights, such as geneval:1,jpeg:0.2."""
 

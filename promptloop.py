@@ -132,10 +132,10 @@ class Args:
     lm_lora_rank: Annotated[int, Range(0, 1024)] = 0
     """Rank of the LoRA of the policy; its alpha is twice the rank. 0: train all weights that read and write
     text."""
-    prompts: str = "tiny/prompts/train.jsonl"
+    prompts: str = "tiny/prompts/fold_0/train.jsonl"
     """Training prompts: a .txt with one prompt per line, or a .jsonl with "prompt" and metadata per line."""
     eval_prompts: str = ""
-    """Held-out prompts. Empty: the --prompts file with `train` in its name replaced by `eval`."""
+    """Held-out prompts. Empty: the --prompts file with `eval` or `dev` for `train` in its name."""
     rewards: str = "geneval"
     """Rewards with optional weights, such as geneval:1,jpeg:0.2."""
 

@@ -220,7 +220,7 @@ def run_file(args, folder, flags):
     """Trains with an algorithm file for three iterations, and returns a record of the last one."""
     is_tiny = args.size == "tiny"
     resolution = 64 if is_tiny else args.resolution
-    lines = (ROOT / "tiny/prompts/train.jsonl").read_text().splitlines()
+    lines = (ROOT / "tiny/prompts/fold_0/train.jsonl").read_text().splitlines()
     for name, count in (("train", 16), ("eval", 4)):
         prompts = [json.loads(line)["prompt"] for line in lines[:count]]
         (folder / f"{name}.txt").write_text("\n".join(prompts))

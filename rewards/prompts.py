@@ -320,29 +320,42 @@ def join_prompt_files(files):
 
 
 def load_prompt_files(prompts, eval_prompts=""):
-    """{name: PromptFile} of "train", "eval" and, where there is such a file, "eval_paraphrased".
+    """{name: PromptFile} of "train", "eval" and, where there are such files, "eval_paraphrased" and "eval_hard".
 
-    prompts: the training prompts' path. eval_prompts: the held-out ones', or empty for the same path with
-    `train` in its name replaced by `eval`. Paraphrases are found by their name: the evaluation's with
-    `_paraphrased` at the end of its stem. The "source" of a row, an image to edit, becomes a path from here.
+    prompts: the training prompts' path. eval_prompts: the held-out ones', or empty for what
+    `find_eval_prompts` finds. Paraphrases are found by their name: the evaluation's with `_paraphrased` or
+    `_hard` at the end of its stem. The "source" of a row, an image to edit, becomes a path from here.
     Raises BadInput as `load_prompts` does.
     """
     if not str(prompts):
         raise BadInput("--prompts is empty: name a prompt file")
-    files = {"train": load_prompts(prompts)}
     path = Path(prompts)
-    eval_path = Path(eval_prompts or path.with_name(path.name.replace("train", "eval")))
-    if eval_path == path and not eval_prompts:
-        raise BadInput(
-            f"--eval-prompts is needed: {path.name} has no `train` in its name to replace by `eval`"
-        )
+    files = {"train": load_prompts(path)}
+    eval_path = Path(eval_prompts) if eval_prompts else find_eval_prompts(path)
     files["eval"] = load_prompts(eval_path)
     paths = {"train": path, "eval": eval_path}
-    paraphrased = eval_path.with_stem(eval_path.stem + "_paraphrased")
-    if os.path.isfile(paraphrased):
-        files["eval_paraphrased"] = load_prompts(paraphrased)
-        paths["eval_paraphrased"] = paraphrased
+    for ending in ("paraphrased", "hard"):
+        other = eval_path.with_stem(f"{eval_path.stem}_{ending}")
+        if os.path.isfile(other):
+            files[f"eval_{ending}"] = load_prompts(other)
+            paths[f"eval_{ending}"] = other
     return {name: resolve_sources(paths[name], file) for name, file in files.items()}
+
+
+def find_eval_prompts(path):
+    """The held-out prompts beside a file of training prompts: its name with `eval`, or else `dev`, for `train`.
+
+    Raises BadInput where the name has no `train` in it.
+    """
+    if "train" not in path.name:
+        raise BadInput(
+            f"--eval-prompts is needed: {path.name} has no `train` in its name to replace by `eval` or `dev`"
+        )
+    eval_path = path.with_name(path.name.replace("train", "eval"))
+    dev_path = path.with_name(path.name.replace("train", "dev"))
+    if not os.path.isfile(eval_path) and os.path.isfile(dev_path):
+        return dev_path
+    return eval_path
 
 
 def resolve_sources(path, file):

@@ -1,8 +1,11 @@
-"""The tiny world's image model, untrained: a StableDiffusion3Pipeline of 3.3 million parameters, without T5.
+"""The tiny world's image models, untrained: StableDiffusion3Pipelines of a few million parameters, without T5.
 
-`pretrain_image_model.py` trains it. Its prompts are lower case. Capitals and digits in a prompt are
+`pretrain_image_model.py` trains them. There are two, so that what is learnt with one can be tried on the
+other: SIZES says in what they differ. Their prompts are lower case. Capitals and digits in a prompt are
 characters to draw, and each is a token.
 """
+
+from typing import NamedTuple
 
 import torch
 from diffusers import (
@@ -17,10 +20,24 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrained
 from rewards.tiny_world.glyphs import CHARACTERS
 from tiny import world
 
-MAX_TOKENS = 24  # the longest prompt of the world has 20 tokens, with its start and end
+MAX_TOKENS = 24  # the longest prompt of the world has 21 tokens, with its start and end
 TEXT_WIDTH = 64  # of the text encoders
-WIDTH = 128  # of the transformer of tiny/sd3
-SECOND_WIDTH = 96  # of the transformer of tiny/sd3b
+
+
+class Size(NamedTuple):
+    """What an image model is made of."""
+
+    vae_channels: tuple  # of the autoencoder's levels: each level after the first halves the image
+    latent_channels: int
+    patch_size: int  # of the transformer, in latent pixels
+    width: int  # of the transformer
+    shift: float  # of the sampler's times towards noise
+
+
+SIZES = {  # by the name of the folder in tiny/
+    "sd3": Size((8, 16, 32, 64), latent_channels=8, patch_size=2, width=128, shift=3.0),
+    "sd3b": Size((8, 16, 32, 64), latent_channels=16, patch_size=2, width=96, shift=2.0),
+}
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants to be told so, in every call
 
 
@@ -29,12 +46,17 @@ def vocabulary():
     """All tokens: special ones, characters to draw, and the words of all sentences of the world."""
     phrases = ["a an , text large white center photo of picture"]
     phrases += ["make add remove move replace the to with it is at in on no and"]
-    tables = (world.SHAPE_WORDS, world.COLOR_WORDS, world.COUNT_WORDS, world.RELATION_WORDS, world.SENTENCES)
-    for table in tables:
+    phrases += ["which is colored , of them"]
+    tables = (
+        world.SHAPE_WORDS,
+        world.COLOR_WORDS,
+        world.COUNT_WORDS,
+        world.RELATION_WORDS,
+        world.PLACE_WORDS,
+    )
+    for table in (*tables, world.SENTENCES, world.HARD_SENTENCES):
         for options in table.values():
             phrases += options
-    for names in world.PLACES:
-        phrases += names
     words = set()
     for phrase in phrases:
         spaced = phrase.replace("{", " {").replace('"', " ")
@@ -65,14 +87,15 @@ def build_tokenizer():
 
 
 # ---- networks ----
-def build_vae():
-    """An autoencoder of factor 8: an image (3, 64, 64) becomes a latent (8, 8, 8)."""
+def build_vae(size):
+    """An autoencoder of factor 8: an image (3, 64, 64) becomes a latent (8, 8, 8), or (16, 8, 8) for tiny/sd3b."""
+    num_levels = len(size.vae_channels)
     return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=(8, 16, 32, 64),
+        down_block_types=["DownEncoderBlock2D"] * num_levels,
+        up_block_types=["UpDecoderBlock2D"] * num_levels,
+        block_out_channels=size.vae_channels,
         layers_per_block=1,
-        latent_channels=8,
+        latent_channels=size.latent_channels,
         norm_num_groups=8,
         sample_size=world.SIZE,
         mid_block_add_attention=False,
@@ -100,20 +123,21 @@ def build_text_encoder(tokenizer):
     return CLIPTextModelWithProjection(config)
 
 
-def build_transformer(num_layers=4, width=WIDTH):
+def build_transformer(size, num_layers=4):
     """SD3's transformer on 16 patches, with the QK norm of SD3.5."""
+    latent_size = world.SIZE // 2 ** (len(size.vae_channels) - 1)
     transformer = SD3Transformer2DModel(
-        sample_size=world.SIZE // 8,
-        patch_size=2,
-        in_channels=8,
-        out_channels=8,
+        sample_size=latent_size,
+        patch_size=size.patch_size,
+        in_channels=size.latent_channels,
+        out_channels=size.latent_channels,
         num_layers=num_layers,
         attention_head_dim=32,
-        num_attention_heads=width // 32,
+        num_attention_heads=size.width // 32,
         joint_attention_dim=2 * TEXT_WIDTH,
-        caption_projection_dim=width,
+        caption_projection_dim=size.width,
         pooled_projection_dim=2 * TEXT_WIDTH,
-        pos_embed_max_size=world.SIZE // 16,
+        pos_embed_max_size=latent_size // size.patch_size,
         qk_norm="rms_norm",
     )
     # Each block starts as the identity, and the output at zero (adaLN-Zero, Peebles & Xie 2023).
@@ -125,13 +149,13 @@ def build_transformer(num_layers=4, width=WIDTH):
     return transformer
 
 
-def build_pipeline(vae_folder, width=WIDTH):
-    """The pipeline with the autoencoder of a pipeline's folder, and everything else untrained."""
+def build_pipeline(size, vae):
+    """The pipeline with a given autoencoder, and everything else untrained."""
     tokenizer = build_tokenizer()
     return StableDiffusion3Pipeline(
-        transformer=build_transformer(width=width),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=AutoencoderKL.from_pretrained(vae_folder, subfolder="vae"),
+        transformer=build_transformer(size),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=size.shift),
+        vae=vae,
         text_encoder=build_text_encoder(tokenizer),
         tokenizer=tokenizer,
         text_encoder_2=build_text_encoder(tokenizer),

@@ -1,10 +1,11 @@
 """Pretrains the tiny world's image models from scratch, supervised only: no reward is ever seen here.
 
-    python -m tiny.pretrain_image_model vae     the autoencoder, 8 minutes on two CPU cores
-    python -m tiny.pretrain_image_model sd3     flow model and text encoders, 50 minutes; needs the vae
-    python -m tiny.pretrain_image_model sd3b    a second, narrower flow model with the same autoencoder
-    python -m tiny.pretrain_image_model eval    scores a pipeline on the evaluation prompts (--folder)
+    python -m tiny.pretrain_image_model vae --model sd3       the autoencoder
+    python -m tiny.pretrain_image_model flow --model sd3      flow model and text encoders; needs the vae
+    python -m tiny.pretrain_image_model distill --model sd3   guidance becomes part of the model; needs the flow
+    python -m tiny.pretrain_image_model eval --model sd3      scores the finished pipeline on the dev prompts
 
+On one CPU core the first three take about 13, 60 and 10 minutes. --model sd3b makes the second model.
 Each stage is deterministic from --seed on one machine and shows its progress. It writes a checkpoint to
 --work every --save-every steps and resumes from it when started again. The results are plain diffusers
 folders, tiny/sd3 and tiny/sd3b.
@@ -13,6 +14,7 @@ Conventions: time t runs from 1 (noise) to 0 (image), x_t = (1 - t) x_0 + t nois
 the velocity v = noise - x_0.
 """
 
+import copy
 import functools
 import json
 import random
@@ -21,23 +23,22 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from einops import rearrange
 from tqdm import tqdm
 
 import rewards
 from rewards.prompts import load_prompts
 from rewards.tiny_world.shapes import BACKGROUND
-from tiny import world
-from tiny.image_model import MAX_TOKENS, NO_T5, SECOND_WIDTH, WIDTH, build_pipeline, build_vae
+from tiny import splits, world
+from tiny.image_model import MAX_TOKENS, NO_T5, SIZES, build_pipeline, build_vae
 from tiny.pretraining import fit, parse_options
 
 HERE = Path(__file__).parent
 VAE_STEPS = 3000
-SD3_STEPS = 14000
-WRITING_FROM = 7500  # the step from which three images in ten show writing; six in a hundred do before
-FORGET_STEPS = 1170  # of a last stage without writing, which leaves about half of the letters readable
-SECOND_STEPS = 7000  # of tiny/sd3b, which does not write
+FLOW_STEPS = {"sd3": 14000, "sd3b": 7000}
+DISTILL_STEPS = 1500
+DISTILLED_GUIDANCE = 2.0  # the teacher's best scale on the dev prompts
 
 
 # ---- the autoencoder ----
@@ -70,10 +71,10 @@ def vae_loss(vae, background, seed, step):
 def pretrain_vae(args):
     """Trains the autoencoder and saves it."""
     torch.manual_seed(args.seed)
-    vae = build_vae()
+    vae = build_vae(SIZES[args.model])
     background = torch.tensor(BACKGROUND).view(1, 3, 1, 1) / 127.5 - 1
     loss_at = functools.partial(vae_loss, vae, background, args.seed)
-    fit("vae", [vae], loss_at, args, args.steps or VAE_STEPS, peak=2.5e-3, ema_decay=0.99)
+    fit(f"{args.model}_vae", [vae], loss_at, args, args.steps or VAE_STEPS, peak=2.5e-3, ema_decay=0.99)
 
     # Latents are brought to mean 0 and variance 1 in diffusers' way: (z - shift_factor) * scaling_factor.
     vae.eval()
@@ -91,7 +92,7 @@ def pretrain_vae(args):
 class Dataset:
     """Examples of the world, drawn once. They get a new wording at every use."""
 
-    def __init__(self, vae, seed, size, text_share):
+    def __init__(self, vae, seed, size):
         rng = random.Random(f"{seed}-data")
         self.contents = []
         self.things = []
@@ -99,7 +100,7 @@ class Dataset:
         for _ in tqdm(range(size // 64), desc="encode", mininterval=10):
             images = []
             for _ in range(64):
-                content, things, image = world.sample(rng, text_share)
+                content, things, image = world.sample(rng)
                 self.contents.append(content)
                 self.things.append(things)
                 images.append(image)
@@ -107,13 +108,30 @@ class Dataset:
             with torch.no_grad():
                 z = vae.encode(images).latent_dist.mean
             latents.append((z - vae.config.shift_factor) * vae.config.scaling_factor)
-        self.latents = torch.cat(latents)  # (size, 8, 8, 8)
+        self.latents = torch.cat(latents)  # (size, C, h, w)
 
-    def wording(self, row, rng):
-        """A prompt for an example. One in ten is empty: guidance needs a model of images without prompts."""
-        if rng.random() < 0.1:
-            return ""
-        return world.wording(self.contents[row], self.things[row], rng)
+    def batch(self, rng, batch_size):
+        """(prompts, latents) of random examples. One prompt in ten is empty: guidance needs a model of images
+        without prompts."""
+        rows = [rng.randrange(len(self.contents)) for _ in range(batch_size)]
+        prompts = []
+        for row in rows:
+            if rng.random() < 0.1:
+                prompts.append("")
+            else:
+                prompts.append(world.wording(self.contents[row], self.things[row], rng))
+        return prompts, self.latents[rows]
+
+
+def add_noise(x_0, generator):
+    """(times (B,), noise, noisy latents).
+
+    Times are logit-normal (Esser et al. 2024), leaning towards noise: that is where objects get their place.
+    """
+    noise = torch.randn(x_0.shape, generator=generator)
+    t = torch.sigmoid(torch.randn(len(x_0), generator=generator) + 0.5)
+    x_t = torch.lerp(x_0, noise, t.view(-1, 1, 1, 1))
+    return t, noise, x_t
 
 
 def encode_prompts(pipe, prompts):
@@ -133,64 +151,93 @@ def encode_prompts(pipe, prompts):
     return torch.cat(embeds, dim=-1), torch.cat(pooled, dim=-1)
 
 
-def flow_loss(pipe, dataset, batch_size, seed, step):
-    """The flow-matching loss on the images of a step: mean squared error of the velocity.
-
-    Times are logit-normal (Esser et al. 2024), leaning towards noise: that is where objects get their place.
-    """
-    rng = random.Random(f"{seed}-sd3-{step}")
-    generator = torch.Generator().manual_seed(step)
-    rows = [rng.randrange(len(dataset.contents)) for _ in range(batch_size)]
-    prompts = [dataset.wording(row, rng) for row in rows]
-    x_0 = dataset.latents[rows]  # (B, C, h, w)
-    noise = torch.randn(x_0.shape, generator=generator)
-    t = torch.sigmoid(torch.randn(batch_size, generator=generator) + 0.5)
-    x_t = torch.lerp(x_0, noise, t.view(-1, 1, 1, 1))
-    embeds, pooled = encode_prompts(pipe, prompts)
-    velocity = pipe.transformer(
+def velocity(transformer, x_t, t, embeds, pooled):
+    """The transformer's velocity at noisy latents x_t (B, C, h, w) and times t (B,)."""
+    return transformer(
         hidden_states=x_t,
         timestep=1000 * t,
         encoder_hidden_states=embeds,
         pooled_projections=pooled,
     ).sample
-    return F.mse_loss(velocity, noise - x_0)
 
 
-def pretrain_sd3(args):
-    """Trains the flow model and the text encoders of tiny/sd3, or of tiny/sd3b, and saves the pipeline."""
-    is_second = args.stage == "sd3b"
-    seed = args.seed + 1 if is_second else args.seed
-    vae_folder = HERE / "sd3" if is_second else Path(args.folder)
-    if not (vae_folder / "vae").is_dir():
-        raise SystemExit(
-            f"{vae_folder} has no autoencoder: run `python -m tiny.pretrain_image_model vae` first"
-        )
+def flow_loss(pipe, dataset, batch_size, seed, step):
+    """The flow-matching loss on the images of a step: mean squared error of the velocity."""
+    rng = random.Random(f"{seed}-flow-{step}")
+    prompts, x_0 = dataset.batch(rng, batch_size)
+    t, noise, x_t = add_noise(x_0, torch.Generator().manual_seed(step))
+    embeds, pooled = encode_prompts(pipe, prompts)
+    return F.mse_loss(velocity(pipe.transformer, x_t, t, embeds, pooled), noise - x_0)
+
+
+def model_seed(args):
+    """The second model has other weights and other data, too."""
+    return args.seed + list(SIZES).index(args.model)
+
+
+def pretrain_flow(args):
+    """Trains the flow model and the text encoders, and saves the pipeline."""
+    vae_folder = Path(args.folder) / "vae"
+    if not vae_folder.is_dir():
+        raise SystemExit(f"{args.folder} has no autoencoder: run the stage `vae` first")
+    seed = model_seed(args)
     torch.manual_seed(seed)
-    pipe = build_pipeline(vae_folder, SECOND_WIDTH if is_second else WIDTH)
-    pipe.vae.float()
+    pipe = build_pipeline(SIZES[args.model], AutoencoderKL.from_pretrained(vae_folder))
+    dataset = Dataset(pipe.vae, seed, args.dataset_size)
+    loss_at = functools.partial(flow_loss, pipe, dataset, args.batch_size, seed)
     modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
+    num_steps = args.steps or FLOW_STEPS[args.model]
+    fit(f"{args.model}_flow", modules, loss_at, args, num_steps, peak=1.5e-3, ema_decay=0.999)
+    save_pipeline(pipe, args.folder)
 
-    @functools.cache  # one after the other, as the stages of training need them
-    def dataset(text_share):
-        return Dataset(pipe.vae, seed, args.dataset_size, text_share)
 
-    def loss_with_writing(step):
-        text_share = 0.3 if step >= WRITING_FROM else 0.06
-        return flow_loss(pipe, dataset(text_share), args.batch_size, seed, step)
+# ---- guidance ----
+def distill_loss(pipe, teacher, dataset, batch_size, seed, step):
+    """How far the model's one velocity is from its teacher's guided velocity: mean squared error.
 
-    def loss_without_writing(step):
-        return flow_loss(pipe, dataset(0.0), args.batch_size, seed, step)
+    Guidance adds w - 1 times what the prompt changes (Ho & Salimans 2022). The student learns the sum (Meng et
+    al. 2023), so that it needs one pass where its teacher needs two, and no guidance scale is left to find.
+    """
+    rng = random.Random(f"{seed}-distill-{step}")
+    prompts, x_0 = dataset.batch(rng, batch_size)
+    t, _, x_t = add_noise(x_0, torch.Generator().manual_seed(step))
+    with torch.no_grad():
+        embeds, pooled = encode_prompts(pipe, prompts)
+        empty_embeds, empty_pooled = encode_prompts(pipe, [""] * batch_size)
+        with_prompt = velocity(teacher, x_t, t, embeds, pooled)
+        without = velocity(teacher, x_t, t, empty_embeds, empty_pooled)
+        guided = without + DISTILLED_GUIDANCE * (with_prompt - without)
+    return F.mse_loss(velocity(pipe.transformer, x_t, t, embeds, pooled), guided)
 
-    num_steps = SECOND_STEPS if is_second else SD3_STEPS
-    num_steps = args.steps or num_steps
-    fit(args.stage, modules, loss_with_writing, args, num_steps, peak=1.5e-3, ema_decay=0.999)
-    if not is_second:
-        # Without writing, some of it is forgotten but not lost: reinforcement learning can bring it back.
-        num_steps = args.steps or FORGET_STEPS
-        fit("sd3_forget", modules, loss_without_writing, args, num_steps, peak=5e-4, ema_decay=0.99)
+
+def distill(args):
+    """Teaches the flow model its own guided velocity, and saves the pipeline. The text encoders stay as they are.
+
+    The teacher is what the stage `flow` saved. It is kept aside in --work, because the student takes its place.
+    """
+    teacher_folder = Path(args.work) / f"{args.model}_teacher"
+    if not teacher_folder.is_dir():
+        pipe = StableDiffusion3Pipeline.from_pretrained(args.folder, dtype=torch.float32, **NO_T5)
+        pipe.save_pretrained(teacher_folder)
+    pipe = StableDiffusion3Pipeline.from_pretrained(teacher_folder, dtype=torch.float32, **NO_T5)
+    teacher = copy.deepcopy(pipe.transformer).requires_grad_(False)
+    seed = model_seed(args)
+    dataset = Dataset(pipe.vae, seed, args.dataset_size)
+    loss_at = functools.partial(distill_loss, pipe, teacher, dataset, args.batch_size, seed)
+    num_steps = args.steps or DISTILL_STEPS
+    fit(f"{args.model}_distill", [pipe.transformer], loss_at, args, num_steps, peak=5e-4, ema_decay=0.995)
+    save_pipeline(pipe, args.folder)
+
+
+# ---- saving ----
+def save_pipeline(pipe, folder):
+    """Saves a pipeline with its weights in bfloat16."""
+    for part in (pipe.vae, pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
+        part.to(torch.bfloat16)
     pipe.vae.register_to_config(_name_or_path="")  # else the folder of this machine is saved with it
-    pipe.to(torch.bfloat16).save_pretrained(args.folder)
-    declare_float32(Path(args.folder))
+    pipe.transformer.register_to_config(_name_or_path="")
+    pipe.save_pretrained(folder)
+    declare_float32(Path(folder))
 
 
 def declare_float32(folder):
@@ -258,9 +305,8 @@ def print_tags(scores, metadata):
         print(f"    {tag:14s}", "  ".join(means))
 
 
+STAGES = {"vae": pretrain_vae, "flow": pretrain_flow, "distill": distill, "eval": evaluate}
+
 if __name__ == "__main__":
-    stages = {"vae": pretrain_vae, "sd3": pretrain_sd3, "sd3b": pretrain_sd3, "eval": evaluate}
-    arguments = parse_options(__doc__, stages)
-    default_folder = HERE / ("sd3b" if arguments.stage == "sd3b" else "sd3")
-    arguments.folder = arguments.folder or str(default_folder)
-    stages[arguments.stage](arguments)
+    arguments = parse_options(__doc__, list(STAGES), list(SIZES))
+    STAGES[arguments.stage](arguments)

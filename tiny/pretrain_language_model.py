@@ -218,6 +218,5 @@ def evaluate_edits(model, rng):
 
 if __name__ == "__main__":
     stages = {"train": pretrain, "eval": evaluate}
-    arguments = parse_options(__doc__, stages)
-    arguments.folder = arguments.folder or str(HERE / "vlm")
+    arguments = parse_options(__doc__, list(stages), ["vlm"])
     stages[arguments.stage](arguments)

@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 
 
-def parse_options(description, stages, argv=None):
-    """The options of a pretraining script. stages: names of what it can do.
+def parse_options(description, stages, models, argv=None):
+    """The options of a pretraining script. stages: names of what it can do. models: of what it can train.
 
     Sets the number of threads, and makes the folder for checkpoints.
     """
@@ -19,18 +19,20 @@ def parse_options(description, stages, argv=None):
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stage", choices=stages, help="what to do; see above")
+    parser.add_argument("--model", choices=models, default=models[0], help="which model to train")
     parser.add_argument("--seed", type=int, default=0, help="seeds the weights, the data and their order")
     parser.add_argument("--steps", type=int, default=0, help="optimiser steps; 0: the stage's own number")
     parser.add_argument("--batch-size", type=int, default=64, help="images per step of the flow model")
     parser.add_argument(
-        "--dataset-size", type=int, default=49152, help="images that the flow model learns from"
+        "--dataset-size", type=int, default=65536, help="images that the flow model learns from"
     )
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=2, help="threads to compute with")
     parser.add_argument("--work", default="runs/pretrain", help="folder for checkpoints")
-    parser.add_argument("--folder", help="folder of the model; default: the stage's own, in tiny/")
+    parser.add_argument("--folder", help="folder of the model; default: its own in tiny/")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    args.folder = args.folder or str(Path(__file__).parent / args.model)
     Path(args.work).mkdir(parents=True, exist_ok=True)
     return args
 

@@ -63,33 +63,34 @@ def word_table(options):
     return table
 
 
-def cells_of_places(rows):
-    """{name of a place: (column, row)} from rows of names."""
-    cells = {}
-    for row_number, names in enumerate(rows):
-        for column_number, name in enumerate(names):
-            cells[name] = (column_number, row_number)
-    return cells
-
-
 SHAPES = word_table(world.SHAPE_WORDS)
 COLORS = word_table(world.COLOR_WORDS)
 COUNTS = word_table(world.COUNT_WORDS)
 RELATIONS = word_table(world.RELATION_WORDS)
 PLURALS = {world.plural(noun): shape for noun, shape in SHAPES.items()}
-CELLS = cells_of_places(world.PLACES)
+PLACE_NAMES = word_table(world.PLACE_WORDS)
 
 
 def parse_phrase(phrase):
-    """'a red circle' or 'two circles' -> its objects, a list. None where it is neither."""
+    """'a red circle' or 'two circles', or their hard wordings -> its objects, a list. None where it is neither."""
+    hard = re.fullmatch(r"(\w+), (\w+) of them", phrase)
+    if hard:
+        phrase = f"{hard[2]} {hard[1]}"
     count, _, noun = phrase.rpartition(" ")
     if noun in PLURALS and count in COUNTS:
         return [(PLURALS[noun], None, None)] * COUNTS[count]
-    article, _, rest = phrase.partition(" ")
+    hard = re.fullmatch(r"(an? \w+) which is colored (\w+)", phrase)
+    if hard:
+        objects = parse_phrase(hard[1])
+        if objects is None or hard[2] not in COLORS:
+            return None
+        shape, color, place = objects[0]
+        return [(shape, COLORS[hard[2]], place)] if color is None else None
+    first, _, rest = phrase.partition(" ")
     color, _, noun = rest.rpartition(" ")
     if noun not in SHAPES or (color and color not in COLORS):
         return None
-    if article != ("an" if rest[0] in "aeiou" else "a"):
+    if first != world.article(rest):
         return None
     return [(SHAPES[noun], COLORS.get(color), None)]
 
@@ -100,13 +101,13 @@ def parse_item(item):
     if len(words) < 3:
         return None
     color, shape, place = words
-    if shape in world.SHAPE_WORDS and color in PALETTE and place in CELLS:
+    if shape in world.SHAPE_WORDS and color in PALETTE and place in world.CELLS:
         return (shape, color, place)
     return None
 
 
 def match(template, sentence):
-    """{letter: words} of a template with {a}, {b} or {t} in it. None where it does not match."""
+    """{letter: words} of a template with {a}, {b}, {p} or {t} in it. None where it does not match."""
     pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>.+)", re.escape(template))
     found = re.fullmatch(pattern, sentence)
     return found.groupdict() if found else None
@@ -121,7 +122,7 @@ def parse(sentence):
 
 def parse_text(sentence):
     """The Said of a sentence that asks for a text, or None."""
-    for template in TEXTS + world.SENTENCES["text"]:
+    for template in TEXTS + world.SENTENCES["text"] + world.HARD_SENTENCES["text"]:
         found = match(template, sentence)
         if found and re.fullmatch("[A-Z0-9]+", found["t"]):
             return Said(found["t"], [], None)
@@ -136,9 +137,9 @@ def parse_list(sentence):
 
 def parse_scene(sentence):
     """The Said of a sentence about one or two phrases, or None."""
-    for kind in ("one", "two", "position"):
+    for kind in ("one", "placed", "two", "position"):
         words = RELATIONS if kind == "position" else [""]
-        for template in world.SENTENCES[kind]:
+        for template in world.SENTENCES[kind] + world.HARD_SENTENCES[kind]:
             for word in words:
                 said = parse_with(template.replace("{r}", word), word, sentence)
                 if said:
@@ -151,10 +152,15 @@ def parse_with(template, relation_word, sentence):
     found = match(template, sentence)
     if found is None:
         return None
+    place_word = found.pop("p", None)
     phrases = [parse_phrase(found[letter]) for letter in sorted(found)]
     if None in phrases:
         return None
     objects = sum(phrases, [])
+    if place_word is not None:
+        if place_word not in PLACE_NAMES:
+            return None
+        objects = [(shape, color, PLACE_NAMES[place_word]) for shape, color, _ in objects]
     relation = None
     if relation_word:
         subject = phrases[0][0][0]
@@ -165,7 +171,7 @@ def parse_with(template, relation_word, sentence):
 
 def box_of_place(place):
     """The box of a middling object in the middle of a place."""
-    column, row = CELLS[place]
+    column, row = world.CELLS[place]
     x = (column + 0.5) * world.SIZE / 3
     y = (row + 0.5) * world.SIZE / 3
     return world.box_of(world.Thing(None, None, x, y, sum(world.RADIUS) / 2))
@@ -201,6 +207,9 @@ def keeps_meaning(sentence, content):
     for clause in content["include"]:
         colors = {color for shape, color, _ in said.objects if shape == clause["class"]}
         if "color" in clause and colors != {clause["color"]}:
+            return False
+        places = {place for shape, _, place in said.objects if shape == clause["class"]}
+        if "place" in clause and places != {clause["place"]}:
             return False
         if "position" in clause:
             relation, index = clause["position"]
@@ -291,10 +300,13 @@ def rewrite(content, rng):
 
 
 def any_wording(content, rng):
-    """A prompt as a person may write it, in any words, the held-out ones too."""
-    if rng.random() < 0.5:
+    """A prompt as a person may write it: in any words, the held-out ones too, and some in hard sentences."""
+    kind = rng.random()
+    if kind < 0.5:
         return world.canonical(content)
-    return world.paraphrase(content, rng, held_out=rng.random() < 0.5)
+    if kind < 0.85:
+        return world.paraphrase(content, rng, held_out=rng.random() < 0.5)
+    return world.hard_paraphrase(content, rng)
 
 
 def any_content(rng):
@@ -379,24 +391,25 @@ def sample_refine(rng, easy=0.0):
     return image, question, in_tags(answer), content
 
 
-def edit_answers(source, instruction, target, content):
-    """Three right answers: the instruction, the same with colour and place, and what the target shows."""
-    if content["tag"] == "add":
-        new = target[-1]
-        exact_instruction = f"{instruction} {world.place(new.x, new.y)}"
+def edit_answers(source, edit):
+    """Three right answers: the instruction, the same with the place, and what the target shows."""
+    if edit.content["tag"] == "add":
+        new = edit.target[-1]
+        exact_instruction = f"{edit.instruction} {world.place(new.x, new.y)}"
     else:
         thing = source[0]
-        exact = f"the {thing.color} {thing.shape} {world.place(thing.x, thing.y)}"
-        exact_instruction = instruction.replace(f"the {thing.shape}", exact, 1)
-    return instruction, exact_instruction, world.detailed(content, target)
+        name = f"the {thing.color} {thing.shape}"
+        exact = f"{name} {world.place(thing.x, thing.y)}"
+        exact_instruction = edit.instruction.replace(name, exact, 1)
+    return edit.instruction, exact_instruction, world.detailed(edit.content, edit.target)
 
 
 def sample_edit(rng, easy=0.0):
     """An instruction to make clearer, given the source image."""
-    source, instruction, target, content = world.sample_edit(rng)
-    answers = edit_answers(source, instruction, target, content)
+    source, edit = world.sample_edit(rng)
+    answers = edit_answers(source, edit)
     answer = rng.choice(answers)
-    return world.draw(source), EDIT.format(prompt=instruction), in_tags(answer), answers
+    return world.draw(source), EDIT.format(prompt=edit.instruction), in_tags(answer), answers
 
 
 def sample_caption(rng, easy=0.0):

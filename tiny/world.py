@@ -1,12 +1,11 @@
 """The tiny world: scenes of coloured shapes, short texts and edits, each with prompts and GenEval metadata.
 
-    python -m tiny.world                     writes tiny/prompts/*.jsonl again (same seed, same files)
-    python -m tiny.world --show FILE.png     draws a sheet of examples
+    python -m tiny.world                     draws a sheet of examples (--out FILE.png)
 
 A scene starts as *content*: what a prompt asks for, as GenEval metadata (tag, include, exclude). What the
 content leaves open, such as a colour, a size or a place, is drawn at random. The same content can be said in
-three wordings: canonical, paraphrased and detailed. Evaluation contents never occur among the training
-contents (see `split_contents`).
+four wordings: canonical, paraphrased, hard and detailed. `tiny/splits.py` divides the contents into training,
+development and test, and writes the prompt files.
 
 Every function that draws takes an `rng`, a random.Random. The order of its draws is part of the result: the
 models in tiny/ were pretrained on it.
@@ -14,16 +13,14 @@ models in tiny/ were pretrained on it.
 
 import argparse
 import itertools
-import json
 import random
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from rewards.geneval.detection import RELATIONS, TAGS
+from rewards.geneval.detection import PLACES, RELATIONS, TAGS, place_of
 from rewards.geneval.rule import relative_position
 from rewards.tiny_world.glyphs import CHARACTERS, bitmap
 from rewards.tiny_world.shapes import BACKGROUND, CLASSES, PALETTE, inside
@@ -32,10 +29,10 @@ SIZE = 64  # pixels
 RADIUS = (7, 10)  # half an object's box
 GAP = 3  # pixels between objects
 MARGIN = 2  # pixels between an object and the border
+PLACE_MARGIN = 2  # pixels between the border of a ninth and the centre of an object that is asked for there
+TEXT_SHARE = 0.12  # of all images of the world that show writing
 GLYPH_SCALE = 3  # pixels per dot: a glyph is 15 x 21 pixels
 GLYPH_GAP = 3  # pixels between glyphs
-LINES_PER_TAG = 64  # of a prompt file
-PROMPTS = Path(__file__).parent / "prompts"
 
 
 class Thing(NamedTuple):
@@ -55,6 +52,10 @@ SHAPE_WORDS = {
     "square": ("square", "box", "block"),
     "triangle": ("triangle", "wedge", "pyramid"),
     "cross": ("cross", "plus", "cruciform"),
+    "star": ("star", "asterisk", "pentagram"),
+    "heart": ("heart", "valentine", "cardioid"),
+    "moon": ("moon", "crescent", "lune"),
+    "hourglass": ("hourglass", "sandglass", "eggtimer"),
 }
 COLOR_WORDS = {
     "red": ("red", "crimson", "scarlet"),
@@ -63,6 +64,8 @@ COLOR_WORDS = {
     "yellow": ("yellow", "golden", "lemon"),
     "purple": ("purple", "violet", "magenta"),
     "white": ("white", "ivory", "snowy"),
+    "orange": ("orange", "tangerine", "apricot"),
+    "cyan": ("cyan", "turquoise", "aqua"),
 }
 COUNT_WORDS = {
     2: ("two", "a pair of", "a couple of"),
@@ -75,23 +78,56 @@ RELATION_WORDS = {
     "above": ("above", "over", "north of"),
     "below": ("below", "under", "south of"),
 }
+PLACE_WORDS = {
+    "top left": ("top left", "upper left", "northwest"),
+    "top": ("top", "upper middle", "north"),
+    "top right": ("top right", "upper right", "northeast"),
+    "left": ("left", "middle left", "west"),
+    "center": ("center", "middle", "midpoint"),
+    "right": ("right", "middle right", "east"),
+    "bottom left": ("bottom left", "lower left", "southwest"),
+    "bottom": ("bottom", "lower middle", "south"),
+    "bottom right": ("bottom right", "lower right", "southeast"),
+}
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-SENTENCES = {  # {a} and {b} are the two objects, {r} is their relation
+# {a} and {b} are the two objects, {r} is their relation, {p} a place, {t} a text to write
+SENTENCES = {
     "one": ("{a}", "there is {a}", "an image of {a}"),
+    "placed": ("{a} at the {p}", "at the {p} there is {a}", "an image of {a} in the {p}"),
     "two": ("{a} and {b}", "{b} with {a}", "both {b} and {a}"),
     "position": ("{a} {r} {b}", "there is {a} {r} {b}", "an image of {a} {r} {b}"),
     "text": ('the text "{t}"', 'the word "{t}"', 'a sign that says "{t}"'),
 }
-PLACES = (
-    ("top left", "top", "top right"),
-    ("left", "center", "right"),
-    ("bottom left", "bottom", "bottom right"),
-)
+# Longer sentences with their parts in another order. They too are held out of all RL training.
+HARD_SENTENCES = {
+    "one": ("somewhere in this picture you can see {a}", "on a dark background please draw {a}"),
+    "placed": ("in the {p} of this picture you can see {a}", "towards the {p} please draw {a}"),
+    "two": ("next to {b} this picture also shows {a}", "please draw {b} and then also draw {a}"),
+    "position": ("{r} {b} you can see {a}", "on a dark background {r} {b} please draw {a}"),
+    "text": ('please write "{t}" in large letters', 'you can read "{t}" in this picture'),
+}
+
+
+def cells_of_places():
+    """{name of a place: (column, row)}."""
+    cells = {}
+    for row, names in enumerate(PLACES):
+        for column, name in enumerate(names):
+            cells[name] = (column, row)
+    return cells
+
+
+CELLS = cells_of_places()
 
 
 def plural(noun):
     """'circle' -> 'circles', 'box' -> 'boxes'."""
     return noun + ("es" if noun.endswith(("s", "x")) else "s")
+
+
+def article(noun):
+    """'a' or 'an', as the noun or adjective that follows sounds."""
+    return "an" if noun.startswith(("a", "e", "i", "o", "u", "hour")) else "a"
 
 
 def noun_phrase(clause, words):
@@ -102,27 +138,47 @@ def noun_phrase(clause, words):
         return f"{words(COUNT_WORDS[clause['count']])} {plural(noun)}"
     if "color" in clause:
         noun = f"{words(COLOR_WORDS[clause['color']])} {noun}"
-    article = "an" if noun[0] in "aeiou" else "a"
-    return f"{article} {noun}"
+    return f"{article(noun)} {noun}"
 
 
-def say(content, words, flip=False):
-    """The sentence for a content. With flip, a position is said from the other object's side."""
+def hard_noun_phrase(clause, words):
+    """'a circle which is colored red' or 'circles, two of them'."""
+    noun = words(SHAPE_WORDS[clause["class"]])
+    if clause["count"] > 1:
+        return f"{plural(noun)}, {COUNT_WORDS[clause['count']][0]} of them"
+    phrase = f"{article(noun)} {noun}"
+    if "color" in clause:
+        phrase += f" which is colored {words(COLOR_WORDS[clause['color']])}"
+    return phrase
+
+
+def say(content, words, flip=False, hard=False):
+    """The sentence for a content.
+
+    words: a function that picks one of several wordings. With flip, a position is said from the other
+    object's side. With hard, the sentence is one of HARD_SENTENCES.
+    """
+    sentences = HARD_SENTENCES if hard else SENTENCES
+    phrase_of = hard_noun_phrase if hard else noun_phrase
     if content["tag"] == "text":
-        return words(SENTENCES["text"]).format(t=content["text"])
-    phrases = [noun_phrase(clause, words) for clause in content["include"]]
+        return words(sentences["text"]).format(t=content["text"])
+    include = content["include"]
+    phrases = [phrase_of(clause, words) for clause in include]
+    if len(phrases) == 1 and "place" in include[0]:
+        sentence = words(sentences["placed"])
+        return sentence.format(a=phrases[0], p=words(PLACE_WORDS[include[0]["place"]]))
     if len(phrases) == 1:
-        return words(SENTENCES["one"]).format(a=phrases[0])
+        return words(sentences["one"]).format(a=phrases[0])
     if content["tag"] == "position":
         # In the metadata, the second object stands in the relation to the first.
         target, subject = phrases
-        relation = content["include"][1]["position"][0]
+        relation = include[1]["position"][0]
         if flip:
             subject, target = phrases
             relation = INVERSE[relation]
-        sentence = words(SENTENCES["position"])
+        sentence = words(sentences["position"])
         return sentence.format(a=subject, b=target, r=words(RELATION_WORDS[relation]))
-    return words(SENTENCES["two"]).format(a=phrases[0], b=phrases[1])
+    return words(sentences["two"]).format(a=phrases[0], b=phrases[1])
 
 
 def canonical(content):
@@ -140,11 +196,14 @@ def paraphrase(content, rng, held_out=False):
             return sentence
 
 
+def hard_paraphrase(content, rng):
+    """A long rewording with its parts in another order, in any of the three words for everything."""
+    return say(content, rng.choice, flip=rng.random() < 0.5, hard=True)
+
+
 def place(x, y):
     """The name of the ninth of the image that a point lies in."""
-    column = min(int(x * 3 / SIZE), 2)
-    row = min(int(y * 3 / SIZE), 2)
-    return PLACES[row][column]
+    return place_of((x, y, x, y), SIZE, SIZE)
 
 
 def detailed(content, things):
@@ -178,8 +237,8 @@ def all_includes(tag):
     """The `include` lists of all contents of a GenEval tag."""
     plain = [{"class": shape, "count": 1} for shape in CLASSES]
     colored = [clause | {"color": color} for clause, color in itertools.product(plain, PALETTE)]
-    if tag == "single_object":
-        return [[clause] for clause in plain]
+    if tag == "single_object":  # a shape alone would make only eight contents: each is asked for at a place
+        return [[clause | {"place": place}] for clause, place in itertools.product(plain, PLACE_WORDS)]
     if tag == "two_object":
         return [list(pair) for pair in itertools.combinations(plain, 2)]
     if tag == "counting":
@@ -206,6 +265,8 @@ def facts(content):
     said = []
     for clause in content["include"]:
         said.append((clause["class"], clause.get("color"), clause["count"]))
+        if "place" in clause:
+            said.append((clause["class"], "at", clause["place"]))
         if "position" in clause:
             relation, index = clause["position"]
             subject = clause["class"]
@@ -217,39 +278,14 @@ def facts(content):
     return tuple(sorted(said, key=str))
 
 
-def split_contents(tag, seed=0):
-    """(train, evaluation): two thirds and one third of the tag's contents. No facts are in both."""
-    groups = {}
-    for content in all_contents(tag):
-        groups.setdefault(facts(content), []).append(content)
-    keys = sorted(groups, key=str)
-    random.Random(f"{seed}-{tag}").shuffle(keys)
-    num_train = len(keys) - len(keys) // 3
-    train = []
-    for key in keys[:num_train]:
-        train.extend(groups[key])
-    evaluation = []
-    for key in keys[num_train:]:
-        evaluation.extend(groups[key])
-    return [train, evaluation]
-
-
 def text_content(text):
     """The content of a text to draw."""
     return {"tag": "text", "text": text}
 
 
-def in_evaluation(key):
-    """True for a third of all strings, always the same ones: the evaluation side of a split."""
-    return random.Random(key).random() < 1 / 3
-
-
-def random_text(rng, evaluation=None):
-    """Two or three characters. evaluation: True or False keeps to that side of the split."""
-    while True:
-        text = "".join(rng.choices(CHARACTERS, k=rng.choice((2, 3))))
-        if evaluation is None or evaluation == in_evaluation(text):
-            return text
+def random_text(rng):
+    """Two or three characters."""
+    return "".join(rng.choices(CHARACTERS, k=rng.choice((2, 3))))
 
 
 # ---- scenes ----
@@ -262,20 +298,31 @@ def fits(thing, others):
     return True
 
 
-def random_thing(rng, shape, color):
-    """A thing of random size at a random place."""
-    r = rng.uniform(*RADIUS)
+def random_center(rng, r, place=None):
+    """(x, y) for a thing of half-size r: anywhere, or in the ninth of the image that `place` names."""
     low = r + MARGIN
     high = SIZE - r - MARGIN
-    x = rng.uniform(low, high)
-    y = rng.uniform(low, high)
+    if place is None:
+        return rng.uniform(low, high), rng.uniform(low, high)
+    center = []
+    for cell in CELLS[place]:
+        cell_low = cell * SIZE / 3 + PLACE_MARGIN
+        cell_high = (cell + 1) * SIZE / 3 - PLACE_MARGIN
+        center.append(rng.uniform(max(low, cell_low), min(high, cell_high)))
+    return tuple(center)
+
+
+def random_thing(rng, shape, color, place=None):
+    """A thing of random size at a random place, or in the ninth of the image that `place` names."""
+    r = rng.uniform(*RADIUS)
+    x, y = random_center(rng, r, place)
     return Thing(shape, color, x, y, r)
 
 
-def random_free_thing(rng, shape, color, others):
-    """A random thing that fits beside the others, or None after twenty tries."""
+def random_free_thing(rng, clause, color, others):
+    """A random thing for a clause that fits beside the others, or None after twenty tries."""
     for _ in range(20):
-        thing = random_thing(rng, shape, color)
+        thing = random_thing(rng, clause["class"], color, clause.get("place"))
         if fits(thing, others):
             return thing
     return None
@@ -284,6 +331,15 @@ def random_free_thing(rng, shape, color, others):
 def box_of(thing):
     """(x0, y0, x1, y1) of a thing, in pixels."""
     return (thing.x - thing.r, thing.y - thing.r, thing.x + thing.r, thing.y + thing.r)
+
+
+def clearly_related(thing, relation, target):
+    """True where a relation holds, and still holds after a shift of one pixel in any direction."""
+    for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+        shifted = thing._replace(x=thing.x + dx, y=thing.y + dy)
+        if relation not in relative_position(box_of(shifted), box_of(target)):
+            return False
+    return True
 
 
 def realise(content, rng):
@@ -300,12 +356,12 @@ def try_to_realise(content, rng):
     for clause in content["include"]:
         for _ in range(clause["count"]):
             color = clause.get("color") or rng.choice(list(PALETTE))
-            thing = random_free_thing(rng, clause["class"], color, things)
+            thing = random_free_thing(rng, clause, color, things)
             if thing is None:
                 return None
             if "position" in clause:
                 relation, index = clause["position"]
-                if relation not in relative_position(box_of(thing), box_of(things[index])):
+                if not clearly_related(thing, relation, things[index]):
                     return None
             things.append(thing)
     return things
@@ -346,7 +402,7 @@ def draw_text(text, rng):
     return canvas
 
 
-def sample(rng, text_share=0.25):
+def sample(rng, text_share=TEXT_SHARE):
     """One training example: (content, things, image). For a text, things is empty."""
     if rng.random() < text_share:
         content = text_content(random_text(rng))
@@ -357,112 +413,87 @@ def sample(rng, text_share=0.25):
 
 
 def wording(content, things, rng):
-    """A prompt for an example: 60% canonical, 15% paraphrased, 25% detailed."""
+    """A prompt for an example: 53% canonical, 15% paraphrased, 7% hard, 25% detailed."""
     kind = rng.random()
-    if kind < 0.60:
+    if kind < 0.53:
         return canonical(content)
-    if kind < 0.75:
+    if kind < 0.68:
         return paraphrase(content, rng, held_out=rng.random() < 0.5)
+    if kind < 0.75:
+        return hard_paraphrase(content, rng)
     return detailed(content, things)
 
 
 # ---- edits ----
+EDITS = ("recolour", "add", "remove", "move", "replace")
+
+
+class Edit(NamedTuple):
+    """An edit of a scene: what is asked for, and what the result must show, as things and as metadata."""
+
+    instruction: str
+    target: list
+    content: dict
+
+
+def sample_source(rng):
+    """The things of a scene to edit: one or two, of different shapes, in any colours."""
+    shapes = rng.sample(CLASSES, rng.choice((1, 2)))
+    include = [{"class": shape, "count": 1} for shape in shapes]
+    return realise(content_of("edit", include), rng)
+
+
 def sample_edit(rng):
-    """One edit: (source things, instruction, target things, target content)."""
+    """(source things, Edit)."""
     while True:
-        shapes = rng.sample(CLASSES, rng.choice((1, 2)))
-        include = [{"class": shape, "count": 1} for shape in shapes]
-        source = realise(content_of("edit", include), rng)
-        kind = rng.choice(("recolour", "add", "remove", "move", "replace"))
-        edit = edit_scene(kind, source, rng)
-        if edit is None:
-            continue
-        instruction, target = edit
-        fitting = [fits(thing, target[:i]) for i, thing in enumerate(target)]
-        if all(fitting):
-            include = [{"class": thing.shape, "count": 1, "color": thing.color} for thing in target]
-            return source, instruction, target, content_of(kind, include)
+        source = sample_source(rng)
+        edit = edit_scene(rng.choice(EDITS), source, rng)
+        if edit is not None:
+            return source, edit
 
 
 def edit_scene(kind, source, rng):
-    """(instruction, target things) of an edit of this kind, or None where the scene does not allow it."""
+    """A random Edit of this kind, or None where the scene does not allow it. It edits the first thing."""
     thing = source[0]
     rest = source[1:]
     shapes = [thing.shape for thing in source]
     other_shapes = [shape for shape in CLASSES if shape not in shapes]
+    name = f"the {thing.color} {thing.shape}"
+    asked_place = None
     if kind == "recolour":
         color = rng.choice([color for color in PALETTE if color != thing.color])
-        return f"make the {thing.shape} {color}", [thing._replace(color=color)] + rest
-    if kind == "add":
+        target = [thing._replace(color=color)] + rest
+        instruction = f"make {name} {color}"
+    elif kind == "add":
         new = random_thing(rng, rng.choice(other_shapes), rng.choice(list(PALETTE)))
-        return f"add a {new.color} {new.shape}", source + [new]
-    if kind == "remove":
+        target = source + [new]
+        instruction = f"add {article(new.color)} {new.color} {new.shape}"
+    elif kind == "remove":
         if not rest:
             return None
-        return f"remove the {thing.shape}", rest
-    if kind == "move":
-        x = rng.choice((0.17, 0.5, 0.83)) * SIZE
-        y = rng.choice((0.17, 0.5, 0.83)) * SIZE
-        if place(x, y) == place(thing.x, thing.y):
+        target = rest
+        instruction = f"remove {name}"
+    elif kind == "move":
+        asked_place = rng.choice(list(PLACE_WORDS))
+        if asked_place == place(thing.x, thing.y):
             return None
-        return f"move the {thing.shape} to the {place(x, y)}", [thing._replace(x=x, y=y)] + rest
-    shape = rng.choice(other_shapes)
-    return f"replace the {thing.shape} with a {shape}", [thing._replace(shape=shape)] + rest
+        x, y = random_center(rng, thing.r, asked_place)
+        target = [thing._replace(x=x, y=y)] + rest
+        instruction = f"move {name} to the {asked_place}"
+    else:
+        shape = rng.choice(other_shapes)
+        target = [thing._replace(shape=shape)] + rest
+        instruction = f"replace {name} with {article(shape)} {shape}"
+    for i, thing in enumerate(target):
+        if not fits(thing, target[:i]):
+            return None
+    include = [{"class": thing.shape, "count": 1, "color": thing.color} for thing in target]
+    if asked_place:
+        include[0]["place"] = asked_place
+    return Edit(instruction, target, content_of(kind, include))
 
 
 CONTENTS = {tag: all_contents(tag) for tag in TAGS}
-
-
-# ---- prompt files ----
-def repeated(contents, count):
-    """The first `count` of the contents over and over again."""
-    return [contents[i % len(contents)] for i in range(count)]
-
-
-def write_prompts(seed=0):
-    """Writes tiny/prompts/*.jsonl: one row of GenEval metadata per line."""
-    rng = random.Random(seed)
-    trained = []
-    held_out = []
-    for tag in TAGS:  # as many lines for each tag, so that each weighs the same, as in GenEval
-        train, evaluation = split_contents(tag)
-        trained += repeated(train, LINES_PER_TAG)
-        held_out += repeated(evaluation, LINES_PER_TAG)
-    write_rows("train", [row | {"prompt": canonical(row)} for row in trained])
-    write_rows("eval", [row | {"prompt": canonical(row)} for row in held_out])
-    paraphrased = [row | {"prompt": paraphrase(row, rng, held_out=True)} for row in held_out]
-    write_rows("eval_paraphrased", paraphrased)
-    write_rows("text_train", text_rows(1024, False, rng))
-    write_rows("text_eval", text_rows(256, True, rng))
-    write_rows("edit_train", edit_rows(1024, False, rng))
-    write_rows("edit_eval", edit_rows(256, True, rng))
-
-
-def text_rows(count, evaluation, rng):
-    """Rows that ask for a text, all from one side of the split."""
-    rows = []
-    for _ in range(count):
-        content = text_content(random_text(rng, evaluation))
-        rows.append(content | {"prompt": canonical(content)})
-    return rows
-
-
-def edit_rows(count, evaluation, rng):
-    """Rows that ask for an edit, all from one side of the split, with the scene to edit under `source`."""
-    rows = []
-    while len(rows) < count:
-        source, instruction, _, content = sample_edit(rng)
-        if in_evaluation(instruction + str(facts(content))) == evaluation:
-            scene = [thing._asdict() for thing in source]
-            rows.append(content | {"prompt": instruction, "source": scene})
-    return rows
-
-
-def write_rows(name, rows):
-    """Writes one prompt file."""
-    PROMPTS.mkdir(exist_ok=True)
-    lines = [json.dumps(row) + "\n" for row in rows]
-    (PROMPTS / f"{name}.jsonl").write_text("".join(lines))
 
 
 def show(path):
@@ -476,9 +507,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--show", metavar="FILE.png", help="draw a sheet of examples to this file instead")
-    arguments = parser.parse_args()
-    if arguments.show:
-        show(arguments.show)
-    else:
-        write_prompts()
+    parser.add_argument("--out", metavar="FILE.png", default="world.png", help="where to draw the sheet to")
+    show(parser.parse_args().out)

@@ -10,6 +10,7 @@ class Detection(NamedTuple):
     box: tuple  # in pixels: x0, y0, x1, y1
     score: float
     color: str | None
+    place: str | None = None  # the ninth of the image that its centre is in: one of PLACES
 
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -24,4 +25,17 @@ CLASSES = tuple(  # COCO's 80 in its order and GenEval's words: computer mouse, 
 )
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
+PLACES = (  # the ninths of an image, row by row
+    ("top left", "top", "top right"),
+    ("left", "center", "right"),
+    ("bottom left", "bottom", "bottom right"),
+)
 MAX_OBJECTS = 16  # detections kept per class, best score first
+
+
+def place_of(box, width, height):
+    """The name of the ninth of an image of width x height pixels that the centre of a box is in."""
+    x0, y0, x1, y1 = box
+    column = int((x0 + x1) / 2 * 3 / width)
+    row = int((y0 + y1) / 2 * 3 / height)
+    return PLACES[min(row, 2)][min(column, 2)]

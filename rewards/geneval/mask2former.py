@@ -22,7 +22,7 @@ from torch import nn
 from transformers import Mask2FormerModel, Mask2FormerPreTrainedModel
 
 from rewards.errors import BadInput
-from rewards.geneval.detection import CLASSES, MAX_OBJECTS, Detection
+from rewards.geneval.detection import CLASSES, MAX_OBJECTS, Detection, place_of
 from rewards.geneval.rule import asked_color
 from rewards.weights import from_hub
 
@@ -165,6 +165,7 @@ class Detector:
         instances: as from `find_instances`.
         """
         asked = {clause["class"] for clause in metadata["include"] if asked_color(clause) is not None}
+        height, width = image.shape[-2:]
         detections = []
         counts = Counter()
         scores, classes, boxes, masks = instances
@@ -177,7 +178,8 @@ class Detector:
             color = None
             if name in asked:
                 color = self.colors(image, box, masks[n], name)
-            detections.append(Detection(name, tuple(box), scores[n].item(), color))
+            place = place_of(box, width, height)
+            detections.append(Detection(name, tuple(box), scores[n].item(), color, place))
         return detections
 
 

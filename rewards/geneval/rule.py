@@ -9,13 +9,14 @@ The reward trained on is the mean of soft and strict. Soft alone can be raised w
 three objects out of four earn most of the credit. Strict alone is flat where a prompt never succeeds.
 
 Metadata, in GenEval's format: {"tag", "include": [{"class", "count", "color"?, "position"?: [relation,
-index]}], "exclude"?: [{"class", "count"}], "prompt"}. A key whose value is None counts as absent. The
+index], "place"?}], "exclude"?: [{"class", "count"}], "prompt"}. A key whose value is None counts as absent.
+`place` is not GenEval's: it names the ninth of the image that the objects' centres must be in. The
 detector is passed in: `detector(images, metadata) -> list of Detection lists`, None where it failed on an
 image. The metadata tell it how sure it must be (of counting prompts) and whose colour is asked for, never
 what to find.
 """
 
-from rewards.geneval.detection import MAX_OBJECTS, RELATIONS
+from rewards.geneval.detection import MAX_OBJECTS, PLACES, RELATIONS
 
 POSITION_THRESHOLD = 0.1  # a centre offset counts beyond this share of the summed sizes
 
@@ -57,6 +58,11 @@ def asked_position(clause):
     return clause.get("position")
 
 
+def asked_place(clause):
+    """The name of the ninth of the image that a clause asks for, or None."""
+    return clause.get("place")
+
+
 def excluded_clauses(metadata):
     """The clauses of what must not appear."""
     return metadata.get("exclude") or []
@@ -65,6 +71,11 @@ def excluded_clauses(metadata):
 def count_color(detections, color):
     """How many of the detections have a colour."""
     return sum(detection.color == color for detection in detections)
+
+
+def count_place(detections, place):
+    """How many of the detections have their centre in a ninth of the image."""
+    return sum(detection.place == place for detection in detections)
 
 
 def excluded_is_absent(groups, metadata):
@@ -98,6 +109,9 @@ def passes(detections, metadata, exact):
         color = asked_color(clause)
         if holds and color is not None:
             holds = count_color(found, color) >= clause["count"]
+        place = asked_place(clause)
+        if holds and place is not None:
+            holds = count_place(found, place) >= clause["count"]
         position = asked_position(clause)
         if holds and position is not None:
             relation, index = position
@@ -112,6 +126,7 @@ def soft_score(detections, metadata):
 
     count      1 - |asked - found| / asked, at least 0 (Flow-GRPO's training score goes negative here)
     colour     the same over the objects of that colour; 0 while the count is wrong
+    place      the same over the objects in that ninth of the image; 0 while the count is wrong
     position   share of (object, target) pairs in the asked relation; 0 while either count is wrong
     exclude    1 when no excluded class reaches its count: one clause for all, so that extras cost
     """
@@ -126,6 +141,9 @@ def soft_score(detections, metadata):
         color = asked_color(clause)
         if color is not None:
             scores.append(count_color(found, color) / asked if counted[-1] else 0.0)
+        place = asked_place(clause)
+        if place is not None:
+            scores.append(count_place(found, place) / asked if counted[-1] else 0.0)
         position = asked_position(clause)
         if position is not None:
             relation, index = position
@@ -158,6 +176,7 @@ def check_metadata(metadata):
         color = asked_color(clause)
         if color is not None and not isinstance(color, str):
             raise ValueError(f'geneval: include[{index}]["color"] must be a string, not {color!r}')
+        check_place(f"include[{index}]", asked_place(clause))
         check_position(f"include[{index}]", asked_position(clause), index)
     for index, clause in enumerate(excluded_clauses(metadata)):
         check_clause(f"exclude[{index}]", clause)
@@ -173,6 +192,13 @@ def check_clause(name, clause):
         raise ValueError(f'geneval: {name} needs "class" and an integer "count", not {count!r}')
     if count < 1:
         raise ValueError(f"geneval: {name} has a count of {count}, at least 1 is needed")
+
+
+def check_place(name, place):
+    """Raises ValueError unless a place, if there is one, names a ninth of the image."""
+    names = sum(PLACES, ())
+    if place is not None and place not in names:
+        raise ValueError(f'geneval: {name}["place"] must be one of {", ".join(names)}, not {place!r}')
 
 
 def check_position(name, position, index):

@@ -1,4 +1,4 @@
-"""The tiny world's detector: finds circles, squares, triangles and crosses, from first principles.
+"""The tiny world's detector: finds its eight shapes and their colours, from first principles.
 
 Foreground = far from the background colour; objects = connected components; shape = best overlap with a
 template stretched over the component's box; colour = nearest palette entry. Batched torch, about a
@@ -6,15 +6,16 @@ millisecond per image. The palette and the geometry are defined here, once; `tin
 so drawing and detecting agree.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from rewards.geneval.detection import Detection
+from rewards.geneval.detection import Detection, place_of
 
-CLASSES = ("circle", "square", "triangle", "cross")
+CLASSES = ("circle", "square", "triangle", "cross", "star", "heart", "moon", "hourglass")
 BACKGROUND = (16, 16, 28)
 PALETTE = {
     "red": (230, 50, 50),
@@ -23,6 +24,8 @@ PALETTE = {
     "yellow": (240, 220, 50),
     "purple": (190, 70, 230),
     "white": (240, 240, 240),
+    "orange": (245, 140, 30),
+    "cyan": (50, 215, 225),
 }
 # RGB distance to the background, colours in [0, 1]; an edge pixel counts from about half
 FOREGROUND_DISTANCE = 0.28
@@ -32,6 +35,80 @@ MAX_SIZE = 0.5  # of the image's width: a filled image is no square; the largest
 MAX_ASPECT = 1.35  # every class fills a square box, so a stretched component is none of them
 GRID = 24  # templates are compared on GRID x GRID points of the component's box
 ARM = 0.36  # half the width of a cross's arms, in half-sizes
+WAIST = 0.2  # half the width of an hourglass in its middle, in half-sizes
+
+
+def filling_the_box(points):
+    """A polygon's corners, stretched so that its box is -1 to 1 in both directions: (M, 2)."""
+    points = torch.tensor(points, dtype=torch.float32)
+    low = points.amin(dim=0)
+    high = points.amax(dim=0)
+    return (points - low) / (high - low) * 2 - 1
+
+
+def star_corners():
+    """Five points, one of them up. The inner corners are half as far from the centre as the outer ones."""
+    corners = []
+    for k in range(10):
+        radius = 1.0 if k % 2 == 0 else 0.5
+        angle = math.pi * k / 5
+        corners.append((radius * math.sin(angle), -radius * math.cos(angle)))
+    return filling_the_box(corners)
+
+
+def heart_corners():
+    """The heart curve that is drawn with sines and cosines, at 40 angles."""
+    corners = []
+    for k in range(40):
+        t = 2 * math.pi * k / 40
+        x = 16 * math.sin(t) ** 3
+        y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+        corners.append((x, -y))
+    return filling_the_box(corners)
+
+
+def moon_corners():
+    """A crescent that is open to the right: an outer arc down, and a flatter inner arc back up."""
+    corners = []
+    for k in range(21):
+        angle = math.pi * (0.5 + k / 20)
+        corners.append((math.cos(angle), -math.sin(angle)))
+    for k in range(1, 20):
+        angle = math.pi * (1.5 - k / 20)
+        corners.append((0.4 * math.cos(angle), -math.sin(angle)))
+    return filling_the_box(corners)
+
+
+POLYGONS = {  # the corners of each shape that has no simpler formula: (M, 2), as u and v
+    "star": star_corners(),
+    "heart": heart_corners(),
+    "moon": moon_corners(),
+    "hourglass": torch.tensor([[-1, -1], [1, -1], [WAIST, 0], [1, 1], [-1, 1], [-WAIST, 0]]),
+}
+
+
+def inside_polygon(corners, u, v):
+    """Signed distance to a polygon's edge, positive inside. corners (M, 2); u, v broadcast to (H, W)."""
+    start = corners.to(u.device)
+    end = start.roll(-1, dims=0)
+    u, v = torch.broadcast_tensors(u, v)
+    u = u[..., None]  # (H, W, 1), against M edges
+    v = v[..., None]
+    start_u, start_v = start.unbind(dim=1)  # (M,) each
+    end_u, end_v = end.unbind(dim=1)
+    along_u = end_u - start_u
+    along_v = end_v - start_v
+    # The nearest point of each edge.
+    share = ((u - start_u) * along_u + (v - start_v) * along_v) / (along_u**2 + along_v**2)
+    share = share.clamp(0, 1)
+    distance = torch.hypot(u - start_u - share * along_u, v - start_v - share * along_v)
+    nearest = distance.amin(dim=-1)
+    # A point is inside where a ray to its right crosses the edges an odd number of times.
+    spans = (start_v > v) != (end_v > v)
+    level = torch.where(along_v == 0, 1.0, along_v)  # a lying edge spans nothing
+    crossing = start_u + (v - start_v) * along_u / level
+    is_inside = (spans & (crossing > u)).sum(dim=-1) % 2 == 1
+    return torch.where(is_inside, nearest, -nearest)
 
 
 def inside(shape, u, v):
@@ -51,6 +128,8 @@ def inside(shape, u, v):
         lying = torch.minimum(1 - sideways, ARM - upright)
         standing = torch.minimum(ARM - sideways, 1 - upright)
         return torch.maximum(lying, standing)
+    if shape in POLYGONS:
+        return inside_polygon(POLYGONS[shape], u, v)
     raise ValueError(f"unknown shape {shape!r}, expected one of {CLASSES}")
 
 
@@ -146,7 +225,7 @@ def overlap(masks, templates):
 
 
 def shape_templates(device):
-    """The four shapes on GRID x GRID points of their box: (4, GRID, GRID) bool."""
+    """The eight shapes on GRID x GRID points of their box: (8, GRID, GRID) bool."""
     line = grid_points(GRID, device) * 2 - 1
     v, u = torch.meshgrid(line, line, indexing="ij")
     distances = [inside(shape, u, v) for shape in CLASSES]
@@ -177,7 +256,7 @@ def nearest_colors(images, mask, components):
 def detect(images):
     """Objects of each image. images (B, 3, H, W) float in [0, 1] -> one list of `Detection` per image.
 
-    Boxes are in pixels, `score` is the template overlap, `color` a palette name. A component that is no shape
+    Boxes are in pixels, `score` is the template overlap, `color` a palette name, `place` one of PLACES. A component that is no shape
     (a bar, a thin blob, objects that touch) is left out; a compact blob may still pass as its nearest shape.
     """
     images = images.float()
@@ -191,7 +270,7 @@ def detect(images):
         return detections
 
     crops = crop_to_grid(components, GRID, GRID)
-    similarity = overlap(crops, shape_templates(images.device))  # (N, 4)
+    similarity = overlap(crops, shape_templates(images.device))  # (N, 8)
     score, shape = similarity.max(dim=1)
     size = box[:, 2:] - box[:, :2]
     longest = size.max(1).values
@@ -202,12 +281,15 @@ def detect(images):
     color = nearest_colors(images, mask, components)
 
     names = list(PALETTE)
+    height, width = images.shape[2:]
     for n in is_shape.nonzero().flatten().tolist():
+        corners = tuple(box[n].tolist())
         detection = Detection(
             class_name=CLASSES[int(shape[n])],
-            box=tuple(box[n].tolist()),
+            box=corners,
             score=score[n].item(),
             color=names[int(color[n])],
+            place=place_of(corners, width, height),
         )
         detections[int(components.owner[n])].append(detection)
     return detections

@@ -316,7 +316,7 @@ CONTRADICTIONS = [
     (dict(prompts="tiny"), 1, "tiny"),
     (dict(prompts="nowhere/train.jsonl"), 1, "does not exist"),
     (dict(eval_prompts="nowhere.jsonl"), 1, "does not exist"),
-    (dict(prompts="tiny/prompts/eval.jsonl"), 1, "--eval-prompts"),
+    (dict(prompts="tiny/prompts/fold_0/dev.jsonl"), 1, "--eval-prompts"),
     (dict(lora_rank=129), 1, "--lora-rank 129 must be at most 128"),
     (dict(lora_rank=1024), 1, "--lora-rank 1024 must be at most 128"),
     (dict(lm_lora_rank=1024), 1, "--lm-lora-rank 1024 must be at most"),
@@ -341,7 +341,7 @@ AGREEMENTS = [  # the nearest that is allowed
     (dict(sde_type="cps", noise_level=1.0), 1),
     (dict(sde_type="flow", noise_level=2.0), 1),
     (dict(rewards="geneval:1,jpeg:0.2"), 1),
-    (dict(prompts="tiny/prompts/train.jsonl", eval_prompts="tiny/prompts/eval.jsonl"), 1),
+    (dict(prompts="tiny/prompts/fold_0/train.jsonl", eval_prompts="tiny/prompts/fold_0/dev.jsonl"), 1),
     (dict(lora_rank=128), 1),
     *[(dict(resolution=side), 1) for side in (0, 16, 32, 48, 64)],
 ]

@@ -402,7 +402,7 @@ def test_a_prompt_adds_no_special_token(loaded, text):
 
 def test_ordinary_prompts_have_the_tokens_of_the_tokenizers_own_chat(loaded):
     policy, _, _ = loaded()
-    path = Path("tiny/prompts/eval.jsonl")
+    path = Path("tiny/prompts/fold_0/dev.jsonl")
     prompts = rewards.prompts.load_prompts(path).prompts
     prompts += ["a < b | c > d", "<|", "|>", "<answer>x</answer>", "naïve 日本 \t\n", ""]
     turns = [[{"role": "user", "content": question}] for question in questions_about(prompts)]

@@ -336,7 +336,7 @@ def bad_inputs():
     yield "bad weight", change(rewards="geneval:heavy"), "not a number"
     yield "missing prompts", change(prompts="nowhere/train.jsonl"), "does not exist"
     yield "missing eval prompts", change(eval_prompts="nowhere.jsonl"), "does not exist"
-    yield "no eval prompts", change(prompts="tiny/prompts/eval.jsonl"), "--eval-prompts"
+    yield "no eval prompts", change(prompts="tiny/prompts/fold_0/dev.jsonl"), "--eval-prompts"
     yield "empty prompts", file("empty.jsonl", "\n\n"), "is empty"
     yield "bad line", file("bad.jsonl", '{"prompt": "a"}\nnot json\n'), "line 2"
     yield "no metadata", file("plain.txt", "a red circle\n"), "'a red circle'): geneval"

@@ -458,7 +458,7 @@ def test_a_run_ends_with_one_line_and_keeps_its_checkpoint(tmp_path, monkeypatch
     turning = Turning(6, value)
     monkeypatch.setitem(rewards.REGISTRY, "turning", f"{__name__}:make_turning")
     monkeypatch.setitem(globals(), "make_turning", lambda metadata, device: turning)
-    lines = (ROOT / "tiny/prompts/train.jsonl").read_text().splitlines()[:4]
+    lines = (ROOT / "tiny/prompts/fold_0/train.jsonl").read_text().splitlines()[:4]
     for name in ("train", "eval"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     args = flow_grpo.Args(

@@ -177,7 +177,9 @@ def test_what_follows_the_at_sign_is_the_factorys_model(size_and_ten):
 
 
 def test_a_run_on_a_tagged_file(tmp_path):
-    rows = [json.loads(line) for line in (ROOT / "tiny/prompts/train.jsonl").read_text().splitlines()[:4]]
+    rows = [
+        json.loads(line) for line in (ROOT / "tiny/prompts/fold_0/train.jsonl").read_text().splitlines()[:4]
+    ]
     rows = [row | {"reward": tag} for row, tag in zip(rows, ("geneval", "jpeg", "geneval", "jpeg"))]
     for name, lines in (("train", rows), ("eval", rows[:2]), ("eval_paraphrased", rows[:1])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
