@@ -320,7 +320,7 @@ def join_prompt_files(files):
 
 
 def load_prompt_files(prompts, eval_prompts=""):
-    """{name: PromptFile} of "train", "eval" and, where there are such files, "eval_paraphrased" and "eval_hard".
+    """{name: PromptFile} of "train", "eval" and, where they exist, "eval_paraphrased" and "eval_hard".
 
     prompts: the training prompts' path. eval_prompts: the held-out ones', or empty for what
     `find_eval_prompts` finds. Paraphrases are found by their name: the evaluation's with `_paraphrased` or
@@ -343,7 +343,7 @@ def load_prompt_files(prompts, eval_prompts=""):
 
 
 def find_eval_prompts(path):
-    """The held-out prompts beside a file of training prompts: its name with `eval`, or else `dev`, for `train`.
+    """The held-out prompts beside a file of training prompts: `eval`, or else `dev`, stands for `train`.
 
     Raises BadInput where the name has no `train` in it.
     """

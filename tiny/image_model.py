@@ -1,4 +1,4 @@
-"""The tiny world's image models, untrained: StableDiffusion3Pipelines of a few million parameters, without T5.
+"""The tiny world's image models, untrained: StableDiffusion3Pipelines without T5, of a few M parameters.
 
 `pretrain_image_model.py` trains them. There are two, so that what is learnt with one can be tried on the
 other: SIZES says in what they differ. Their prompts are lower case. Capitals and digits in a prompt are
@@ -88,7 +88,7 @@ def build_tokenizer():
 
 # ---- networks ----
 def build_vae(size):
-    """An autoencoder of factor 8: an image (3, 64, 64) becomes a latent (8, 8, 8), or (16, 8, 8) for tiny/sd3b."""
+    """An autoencoder of factor 8: an image (3, 64, 64) becomes a latent (C, 8, 8), C the latent channels."""
     num_levels = len(size.vae_channels)
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * num_levels,

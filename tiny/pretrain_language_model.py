@@ -15,7 +15,7 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from rewards.prompts import load_prompts
-from tiny import vlm_world, world
+from tiny import splits, vlm_world
 from tiny.language_model import build_chat_tokenizer, build_image_processor, build_vlm, chat_inputs
 from tiny.pretraining import fit, parse_options
 from tiny.vlm_world import keeps_meaning
@@ -98,9 +98,10 @@ def evaluate(args):
     """Prints how well each task is done, with samples."""
     torch.manual_seed(args.seed)
     model = Answerer(args.folder)
-    evaluate_rewrites(model, "eval", every=1)
-    evaluate_rewrites(model, "eval_paraphrased", every=1)
-    evaluate_rewrites(model, "text_eval", every=4)
+    evaluate_rewrites(model, "dev", every=1)
+    evaluate_rewrites(model, "dev_paraphrased", every=1)
+    evaluate_rewrites(model, "dev_hard", every=1)
+    evaluate_rewrites(model, "text_dev", every=1)
     rng = random.Random(f"{args.seed}-evaluation")  # training draws from other strings
     evaluate_captions(model, rng)
     for low, high in ((0.0, 0.3), (0.3, 0.6), (0.6, 1.0)):
@@ -110,7 +111,7 @@ def evaluate(args):
 
 def evaluate_rewrites(model, name, every):
     """Rewrites of a prompt file, parsed back. every: take every n-th distinct prompt."""
-    prompts, metadata = load_prompts(world.PROMPTS / f"{name}.jsonl")
+    prompts, metadata = load_prompts(splits.PROMPTS / "fold_0" / f"{name}.jsonl")
     last_rows = {}  # prompt -> the last row with it
     for row, prompt in enumerate(prompts):
         last_rows[prompt] = row

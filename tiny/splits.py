@@ -2,9 +2,9 @@
 
     python -m tiny.splits     writes tiny/prompts/ again (same files each time)
 
-All contents of a tag are dealt into four quarters. In fold f, quarter f is the test split, the next quarter is
-the development split, and the other two are for training. So each content is a test content in one fold, and
-the average over the four folds is an average over all contents.
+All contents of a tag are dealt into four quarters. In fold f, quarter f is the test split, the next quarter
+is the development split, and the other two are for training. So each content is a test content in one fold,
+and the average over the four folds is an average over all contents.
 
 Everything that is chosen, such as a learning rate, is chosen on the development split. The test split is for
 numbers that are reported. Texts and edits are divided in the same way, by hash.

@@ -72,7 +72,7 @@ PLACE_NAMES = word_table(world.PLACE_WORDS)
 
 
 def parse_phrase(phrase):
-    """'a red circle' or 'two circles', or their hard wordings -> its objects, a list. None where it is neither."""
+    """'a red circle' or 'two circles', in plain or hard words -> its objects, a list. None for all else."""
     hard = re.fullmatch(r"(\w+), (\w+) of them", phrase)
     if hard:
         phrase = f"{hard[2]} {hard[1]}"

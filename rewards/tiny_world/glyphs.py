@@ -49,7 +49,7 @@ CHARACTERS = "".join(FONT)
 GRID_W = 15  # templates are compared on so many points of the component's box
 GRID_H = 21
 MIN_AREA = 16  # pixels of a component; the thinnest glyph covers about 70
-MIN_OVERLAP = 0.6  # below it a component is unreadable
+MIN_OVERLAP = 0.7  # below it a component is unreadable; benchmark/measure_reader.py shows why not lower
 FOREGROUND_LUMA = 0.45
 
 
@@ -77,10 +77,11 @@ def templates():
 
 
 @torch.no_grad()
-def read(images):
+def read(images, min_overlap=MIN_OVERLAP):
     """The characters in each image, left to right. images (B, 3, H, W) float in [0, 1] -> B strings.
 
     A component that looks like no glyph is left out, so an image without writing reads as the empty string.
+    min_overlap: how well a component must overlap with a glyph, from 0 to 1.
     """
     background = torch.tensor(BACKGROUND, device=images.device).float().mean() / 255
     mask = images.float().mean(dim=1) - background > FOREGROUND_LUMA  # (B, H, W)
@@ -98,6 +99,6 @@ def read(images):
     similarity = similarity - (aspect - aspects.to(images.device)).abs()
     quality, character = similarity.max(dim=1)
     for n in torch.argsort(box[:, 0]).tolist():
-        if quality[n] >= MIN_OVERLAP:
+        if quality[n] >= min_overlap:
             texts[int(components.owner[n])] += CHARACTERS[int(character[n])]
     return texts

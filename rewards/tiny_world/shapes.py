@@ -256,8 +256,9 @@ def nearest_colors(images, mask, components):
 def detect(images):
     """Objects of each image. images (B, 3, H, W) float in [0, 1] -> one list of `Detection` per image.
 
-    Boxes are in pixels, `score` is the template overlap, `color` a palette name, `place` one of PLACES. A component that is no shape
-    (a bar, a thin blob, objects that touch) is left out; a compact blob may still pass as its nearest shape.
+    Boxes are in pixels, `score` is the template overlap, `color` a palette name, `place` one of PLACES. A
+    component that is no shape (a bar, a thin blob, objects that touch) is left out; a compact blob may still
+    pass as its nearest shape.
     """
     images = images.float()
     background = torch.tensor(BACKGROUND, device=images.device) / 255

@@ -2,22 +2,23 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from tiny import pretrain_image_model, world
+from tiny import pretrain_image_model, splits
 from tiny.image_model import NO_T5
 from tiny.pretraining import parse_options
 
-TINY = world.PROMPTS.parent
+TINY = splits.PROMPTS.parent
 
 
 def pretrain_vae(folder, steps):
     flags = ["--steps", "3", "--save-every", "1", "--threads", "1"]
     flags += ["--work", str(folder / "work"), "--folder", str(folder)]
-    args = parse_options("", ["vae"], ["vae"] + flags)
+    args = parse_options("", ["vae"], ["sd3"], ["vae"] + flags)
     if steps < 3:
         fit = pretrain_image_model.fit
 
@@ -45,9 +46,43 @@ def test_a_stage_that_was_cut_off_ends_with_the_same_weights(tmp_path):
 
 
 def test_the_flow_model_asks_for_the_autoencoder(tmp_path):
-    args = parse_options("", ["sd3"], ["sd3", "--folder", str(tmp_path), "--work", str(tmp_path / "work")])
-    with pytest.raises(SystemExit, match="tiny.pretrain_image_model vae"):
-        pretrain_image_model.pretrain_sd3(args)
+    flags = ["flow", "--folder", str(tmp_path), "--work", str(tmp_path / "work")]
+    args = parse_options("", ["flow"], ["sd3"], flags)
+    with pytest.raises(SystemExit, match="run the stage `vae` first"):
+        pretrain_image_model.pretrain_flow(args)
+
+
+def distill(tmp_path, monkeypatch, steps=2):
+    """(the pipeline before, the pipeline after) some steps of distillation of a copy of tiny/sd3."""
+    folder = tmp_path / "sd3"
+    shutil.copytree(TINY / "sd3", folder)
+    flags = ["distill", "--steps", str(steps), "--dataset-size", "64", "--batch-size", "4"]
+    flags += ["--threads", "1", "--folder", str(folder), "--work", str(tmp_path / "work")]
+    pretrain_image_model.distill(parse_options("", ["distill"], ["sd3"], flags))
+    load = StableDiffusion3Pipeline.from_pretrained
+    return load(TINY / "sd3", **NO_T5), load(folder, **NO_T5)
+
+
+def is_same(before, after):
+    pairs = zip(before.state_dict().values(), after.state_dict().values())
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_distillation_changes_the_transformer_alone(tmp_path, monkeypatch):
+    before, after = distill(tmp_path, monkeypatch)
+    assert is_same(before.text_encoder, after.text_encoder)
+    assert is_same(before.vae, after.vae)
+    assert not is_same(before.transformer, after.transformer)
+
+
+@pytest.mark.parametrize("guidance_scale, is_zero", [(1.0, True), (3.0, False)])
+def test_a_student_that_is_its_teacher_is_right_at_guidance_1_only(monkeypatch, guidance_scale, is_zero):
+    monkeypatch.setattr(pretrain_image_model, "DISTILLED_GUIDANCE", guidance_scale)
+    pipe = StableDiffusion3Pipeline.from_pretrained(TINY / "sd3", **NO_T5)
+    dataset = pretrain_image_model.Dataset(pipe.vae, 0, 64)
+    with torch.no_grad():
+        loss = pretrain_image_model.distill_loss(pipe, pipe.transformer, dataset, 4, 0, 0)
+    assert (loss.item() < 1e-9) == is_zero
 
 
 @pytest.mark.parametrize("name", ["sd3", "sd3b"])

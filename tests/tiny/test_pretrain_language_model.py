@@ -4,13 +4,13 @@ import numpy as np
 import torch
 
 from rewards.prompts import load_prompts
-from tiny import vlm_world, world
+from tiny import splits, vlm_world
 from tiny.pretrain_language_model import Answerer, inside_tags
 
 
 def test_the_shipped_model_keeps_the_meaning_in_many_words():
-    model = Answerer(world.PROMPTS.parent / "vlm")
-    prompts, metadata = load_prompts(world.PROMPTS / "eval.jsonl")
+    model = Answerer(splits.PROMPTS.parent / "vlm")
+    prompts, metadata = load_prompts(splits.PROMPTS / "fold_0" / "dev.jsonl")
     rows = range(0, len(prompts), len(prompts) // 12)
     questions = []
     for row in rows:

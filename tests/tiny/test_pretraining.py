@@ -8,7 +8,7 @@ from tiny.pretraining import fit, learning_rate, parse_options
 
 def options(folder, save_every):
     flags = ["--threads", "1", "--work", str(folder), "--save-every", str(save_every)]
-    return parse_options("", ["train"], ["train"] + flags)
+    return parse_options("", ["train"], ["vlm"], ["train"] + flags)
 
 
 def train(folder, num_steps, stop_before=None, save_every=2):

