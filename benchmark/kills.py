@@ -247,8 +247,8 @@ def digest_tensors(value):
 
 def write_prompts(work):
     """Writes small prompt files."""
-    for name, step in (("train", 24), ("eval", 64)):
-        lines = (ROOT / f"tiny/prompts/{name}.jsonl").read_text().splitlines(keepends=True)
+    for name, step in (("train", 24), ("dev", 32)):
+        lines = (ROOT / f"tiny/prompts/fold_0/{name}.jsonl").read_text().splitlines(keepends=True)
         (work / f"{name}.jsonl").write_text("".join(lines[::step]))
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmark.make_tagged_prompts
 
-Writes runs/benchmark/prompts/{all,two,geneval,ocr,jpeg}_{train,eval}.jsonl from tiny/prompts. GenEval judges
+Writes runs/benchmark/prompts/{all,two,geneval,ocr,jpeg}_{train,dev,test}.jsonl from fold 0. GenEval judges
 the prompts with more than one thing to get right, OCR judges the written texts, and JPEG the single objects.
 In training there are as many lines of each. `all` has them all, with tags; `two` has all but JPEG's. No
 prompt has two rewards.
@@ -12,16 +12,16 @@ import json
 
 from benchmark.records import RUNS, shown
 from rewards.prompts import load_prompts
-from tiny.world import PROMPTS
+from tiny.splits import PROMPTS
 
 FOLDER = RUNS / "prompts"
 LINES = 320  # of each kind in training: what GenEval has without its single objects
 
 
 def kinds(split):
-    """{reward: rows of metadata that it judges, with its tag} of "train" or "eval"."""
-    _, rows = load_prompts(PROMPTS / f"{split}.jsonl")
-    _, texts = load_prompts(PROMPTS / f"text_{split}.jsonl")
+    """{reward: rows of metadata that it judges, with its tag} of "train", "dev" or "test"."""
+    _, rows = load_prompts(PROMPTS / "fold_0" / f"{split}.jsonl")
+    _, texts = load_prompts(PROMPTS / "fold_0" / f"text_{split}.jsonl")
     single = [row for row in rows if row["tag"] == "single_object"]
     others = [row for row in rows if row["tag"] != "single_object"]
     return {
@@ -37,7 +37,7 @@ def repeated(rows, count):
 
 
 def files(split):
-    """{name of a file: its rows} of "train" or "eval"."""
+    """{name of a file: its rows} of "train", "dev" or "test"."""
     parts = kinds(split)
     if split == "train":
         parts = {name: repeated(rows, LINES) for name, rows in parts.items()}
@@ -47,7 +47,7 @@ def files(split):
 
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "eval"):
+    for split in ("train", "dev", "test"):
         for name, rows in files(split).items():
             lines = [json.dumps(row) + "\n" for row in rows]
             (FOLDER / f"{name}_{split}.jsonl").write_text("".join(lines))

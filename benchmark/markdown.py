@@ -1,4 +1,4 @@
-"""Cells and tables of docs/results.md, as Markdown text."""
+"""Cells and tables of docs/first_edition.md, as Markdown text."""
 
 import numpy as np
 

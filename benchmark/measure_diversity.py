@@ -37,7 +37,7 @@ def entropy(counts):
 
 def shortest_prompts():
     """The shortest distinct evaluation prompts: they leave the most open."""
-    prompts, _ = load_prompts(ROOT / "tiny" / "prompts" / "eval.jsonl")
+    prompts, _ = load_prompts(ROOT / "tiny" / "prompts" / "fold_0" / "test.jsonl")
     return sorted(set(prompts), key=lambda prompt: (len(prompt), prompt))[:NUM_PROMPTS]
 
 

@@ -5,7 +5,7 @@
 The bare parts are timed after every iteration, in the same process and at the same shapes, so that both see
 the same machine: the transformer's forward passes without gradient, its forward and backward passes, the
 decoder and the reward. Prints the medians and writes them to a file, by default under runs/. With --output
-benchmark/results/speed/iteration_overhead.json they are those of docs/results.md.
+benchmark/results/first_edition/speed/iteration_overhead.json they are those of docs/first_edition.md.
 """
 
 import argparse

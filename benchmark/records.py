@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
+FIRST_EDITION = RESULTS / "first_edition"  # of the tiny world: see docs/first_edition.md
 RUNS = ROOT / "runs" / "benchmark"  # the runs behind new records, with their weights
 
 # Records keep the command as it was typed. These modules have other names since.

@@ -83,7 +83,9 @@ def evaluate(policy, **flags):
     policy: the run's folder, "" for the untrained one. flags: of promptloop.py.
     """
     with tempfile.TemporaryDirectory() as folder, Stopwatch() as stopwatch:
-        prompts = shutil.copy(ROOT / "tiny" / "prompts" / "eval.jsonl", folder)  # paraphrases stay behind
+        prompts = shutil.copy(
+            ROOT / "tiny" / "prompts" / "fold_0" / "test.jsonl", folder
+        )  # paraphrases stay behind
         options = {"num_iterations": 0, "eval_prompts": prompts, "output_dir": folder}
         run_dir = promptloop.train(promptloop.Args(evaluate=str(policy), **options, **flags))
         (line,) = (run_dir / "metrics.jsonl").read_text().splitlines()

@@ -33,14 +33,15 @@ def in_the_repository(monkeypatch):
 def write_prompts(tmp_path):
     """write_prompts(train=10, eval=3): path of a training file, with the other files beside it.
 
-    Each has this many distinct prompts, spread over the shipped file of that name. A file is left out where
-    its number is 0.
+    Each has this many distinct prompts, spread over the shipped file of that name, or over the development
+    prompts for the evaluation. A file is left out where its number is 0.
     """
 
     def write(train=10, eval=3, eval_paraphrased=0):
         counts = {"train": train, "eval": eval, "eval_paraphrased": eval_paraphrased}
         for name, count in counts.items():
-            lines = (ROOT / f"tiny/prompts/{name}.jsonl").read_text().splitlines(keepends=True)
+            shipped = ROOT / "tiny/prompts/fold_0" / f"{name.replace('eval', 'dev')}.jsonl"
+            lines = shipped.read_text().splitlines(keepends=True)
             distinct = list({json.loads(line)["prompt"]: line for line in lines}.values())
             if count > 0:
                 chosen = distinct[:: len(distinct) // count][:count]

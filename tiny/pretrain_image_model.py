@@ -233,8 +233,8 @@ def save_pipeline(pipe, folder):
     """Saves a pipeline with its weights in bfloat16."""
     for part in (pipe.vae, pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
         part.to(torch.bfloat16)
-    pipe.vae.register_to_config(_name_or_path="")  # else the folder of this machine is saved with it
-    pipe.transformer.register_to_config(_name_or_path="")
+    for part in (pipe, pipe.vae, pipe.transformer):
+        part.register_to_config(_name_or_path="")  # else the folder of this machine is saved with it
     pipe.save_pretrained(folder)
     declare_float32(Path(folder))
 

@@ -179,8 +179,8 @@ def test_tokens_and_positions():
 @pytest.fixture
 def flags(tmp_path):
     """Flags of a run that takes a second or two."""
-    for name in ("train", "eval"):
-        lines = (ROOT / f"tiny/prompts/{name}.jsonl").read_text().splitlines(keepends=True)[::96]
+    for name in ("train", "dev"):
+        lines = (ROOT / f"tiny/prompts/fold_0/{name}.jsonl").read_text().splitlines(keepends=True)[::48]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     return {
         "prompts": str(tmp_path / "train.jsonl"),

@@ -16,6 +16,6 @@ def test_tagged_prompts_have_one_reward_each_and_as_many_lines_in_training():
 
 
 def test_evaluation_files_are_not_repeated():
-    parts = make_tagged_prompts.kinds("eval")
-    files = make_tagged_prompts.files("eval")
+    parts = make_tagged_prompts.kinds("dev")
+    files = make_tagged_prompts.files("dev")
     assert {name: files[name] for name in parts} == parts

@@ -6,7 +6,7 @@ import pytest
 
 from benchmark import measure_iteration_overhead
 from benchmark.measure_iteration_overhead import BareParts, flow_grpo
-from benchmark.records import RESULTS
+from benchmark.records import FIRST_EDITION
 
 SMALL = {"num_inference_steps": 3, "num_prompts_per_iteration": 2, "num_images_per_prompt": 3}
 PROMPT = {"prompt": "a circle", "tag": "single_object", "include": [{"class": "circle", "count": 1}]}
@@ -21,7 +21,7 @@ def test_bare_parts_have_the_shapes_of_the_run(micro_batch_size, num_batches, ba
 
 
 def test_few_images_are_measured_and_no_record_is_touched(tmp_path, monkeypatch):
-    record = RESULTS / "speed" / "iteration_overhead.json"
+    record = FIRST_EDITION / "speed" / "iteration_overhead.json"
     before = record.read_bytes()
     monkeypatch.setattr(measure_iteration_overhead, "ITERATIONS", 4)
     monkeypatch.setattr(measure_iteration_overhead, "RUNS", tmp_path / "runs")

@@ -1,17 +1,17 @@
-"""docs/results.md and the records that it is made from."""
+"""docs/first_edition.md and the records that it is made from."""
 
 import json
 import re
 
 from benchmark import write_results
-from benchmark.records import RESULTS, read_runs
+from benchmark.records import FIRST_EDITION, RESULTS, read_runs
 from benchmark.write_results import DOCS, SECTIONS, results_page
 
 
-def test_results_md_is_what_the_script_writes(monkeypatch):
+def test_first_edition_md_is_what_the_script_writes(monkeypatch):
     """The page is made from the records: a number edited by hand, or a record without its page, is found."""
     monkeypatch.setattr(write_results.curves, "draw", lambda *args: None)
-    assert results_page(read_runs()) == (DOCS / "results.md").read_text()
+    assert results_page(read_runs(FIRST_EDITION)) == (DOCS / "first_edition.md").read_text()
 
 
 def test_every_record_says_where_it_comes_from():
@@ -27,15 +27,15 @@ def test_every_record_says_where_it_comes_from():
 
 
 def test_a_setting_has_one_name_and_all_its_runs_have_it():
-    for setting, records in read_runs().items():
+    for setting, records in read_runs(FIRST_EDITION).items():
         assert len({record["name"] for record in records}) == 1, setting
 
 
 def test_every_section_has_its_records_and_every_picture_is_there():
-    runs = read_runs()
+    runs = read_runs(FIRST_EDITION)
     for section in SECTIONS:
         assert section.setting in runs
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", (DOCS / "results.md").read_text())
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", (DOCS / "first_edition.md").read_text())
     assert len(pictures) > 10
     for picture in pictures:
         assert (DOCS / picture).is_file()

@@ -27,8 +27,8 @@ SMALL = {
 def prompts(tmp_path_factory):
     """A training and an evaluation file, with paraphrases, of a few lines each."""
     folder = tmp_path_factory.mktemp("prompts")
-    for name in ("train", "eval", "eval_paraphrased"):
-        lines = (ROOT / "tiny" / "prompts" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+    for name in ("train", "dev", "dev_paraphrased"):
+        lines = (ROOT / "tiny" / "prompts" / "fold_0" / f"{name}.jsonl").read_text().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:4]))
     return str(folder / "train.jsonl")
 

@@ -98,8 +98,8 @@ def short_commands(page):
 def small_prompts(folder):
     """Prompts for a short run: (training, evaluation) files."""
     paths = []
-    for name in ("train", "eval"):
-        lines = (ROOT / "tiny" / "prompts" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+    for name in ("train", "dev"):
+        lines = (ROOT / "tiny" / "prompts" / "fold_0" / f"{name}.jsonl").read_text().splitlines(keepends=True)
         paths.append(folder / f"small_{name}.jsonl")
         paths[-1].write_text("".join(lines[:4]))
     return paths
