@@ -1,4 +1,4 @@
-"""Pictures of docs/first_edition.md: curves of scores, against images sampled and against seconds of training."""
+"""Pictures of docs/first_edition.md: curves of scores, against images or seconds of training."""
 
 import matplotlib.figure
 

@@ -11,8 +11,8 @@ None of these learns anything:
     paraphrased, hard       other wordings of the same rows, at guidance 1
 
 Every setting is measured with several initial noises. The base is measured with twenty, to show how much one
-noise matters. benchmark/results/baselines/<model>/fold-<fold>-<split>.json holds the score of every image: per
-setting a list with one string per noise, which has a 1 for each row that fulfils its prompt exactly.
+noise matters. benchmark/results/baselines/<model>/fold-<fold>-<split>.json holds the score of every image:
+per setting a list with one string per noise, which has a 1 for each row that fulfils its prompt exactly.
 """
 
 import argparse

@@ -20,16 +20,16 @@ from benchmark.seed_statistics import curves as curves_of
 DOCS = ROOT / "docs"
 PICTURES = DOCS / "first_edition"
 INTRODUCTION = """\
-**These numbers are history, not evidence.** They were measured on the first edition of the tiny world, with four shapes and
-six colours, which this repository contained up to commit b466ceb. What is here now is the second edition
-([`tiny/README.md`](../tiny/README.md)), with other prompts and other models, so these commands no longer give these
-numbers. Looked at hard, the first edition was thin:
+**These numbers are history, not evidence.** They were measured on the first edition of the tiny world, with
+four shapes and six colours, which this repository contained up to commit b466ceb. What is here now is the
+second edition ([`tiny/README.md`](../tiny/README.md)), with other prompts and other models, so these commands
+no longer give these numbers. Looked at hard, the first edition was thin:
 
 - Its 384 evaluation lines were 91 distinct prompts, 18 effective ones.
-- Classifier-free guidance of 2, without any training, lifted its base model from 0.438 to 0.609. The world's own detailed
-  wording with a random layout lifted it to 0.703. No table shows these baselines.
-- One initial noise per prompt was shared by all evaluations. Over six noises the base model is at 0.385 to 0.492, and the
-  intervals leave this out.
+- Classifier-free guidance of 2, without any training, lifted its base model from 0.438 to 0.609. The world's
+  own detailed wording with a random layout lifted it to 0.703. No table shows these baselines.
+- One initial noise per prompt was shared by all evaluations. Over six noises the base model is at 0.385 to
+  0.492, and the intervals leave this out.
 - All settings were chosen on the prompts that are reported.
 - Its image model was made to forget letters in a last stage of pretraining, after results had been seen."""
 GENEVAL_LABEL = "held-out strict GenEval"

@@ -111,9 +111,9 @@ def test_the_tiny_worlds_reader_is_for_its_own_rows_alone(metadata, tiny):
     assert (ocr.make_ocr(metadata, "cpu").recogniser is glyphs.read) == tiny
 
 
-@pytest.mark.parametrize("name", ["text_train", "text_eval"])
+@pytest.mark.parametrize("name", ["text_train", "text_dev", "text_test"])
 def test_the_tiny_worlds_prompts_are_recognised(name):
-    prompts, metadata = load_prompts(ROOT / f"tiny/prompts/{name}.jsonl")
+    prompts, metadata = load_prompts(ROOT / f"tiny/prompts/fold_0/{name}.jsonl")
     assert ocr.make_ocr(metadata, "cpu").recogniser is glyphs.read
 
 
