@@ -115,11 +115,11 @@ class Log:
         """The sheet of an iteration that is compared with the base model's.
 
         The last in the order of names: the one with rewritten prompts comes after the plain one. Paraphrased
-        prompts are others than the base model's.
+        and hard prompts are others than the base model's.
         """
         paths = []
         for path in sorted(self.run_dir.glob(f"samples/{iteration:06d}*.png")):
-            if "_films" not in path.stem and "_paraphrased" not in path.stem:
+            if not any(part in path.stem for part in ("_films", "_paraphrased", "_hard")):
                 paths.append(path)
         return paths[-1] if paths else self.sheet(iteration)
 

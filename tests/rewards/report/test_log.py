@@ -83,9 +83,13 @@ def test_before_after_says_what_it_shows(world, monkeypatch):
     for name in (
         "000000",
         "000000_paraphrased",
+        "000000_hard",
         "000012",
         "000012_loop",
         "000012_paraphrased",
+        "000012_paraphrased_loop",
+        "000012_hard",
+        "000012_hard_loop",
         "000012_loop_films",
     ):
         Image.new("RGB", (4, 4)).save(world / f"samples/{name}.png")
