@@ -54,6 +54,8 @@ import shutil
 from typing import Annotated, Literal, NamedTuple
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no notes about optional packages
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    print("importing torch and diffusers ...", flush=True)  # some seconds
 
 import numpy as np
 import torch
@@ -86,7 +88,9 @@ class Args:
     resume_anyway: bool = False
     """Resume even if the script, the prompt files or the model have changed since the run began."""
     eval_every: PositiveInt = 16
-    """Iterations between evaluations."""
+    """Iterations between evaluations. Paraphrases are evaluated before and after the training only."""
+    eval_noises: PositiveInt = 1
+    """Images drawn for each held-out prompt, from as many noises, which are the same in every run."""
     save_every: PositiveInt = 16
     """Iterations between checkpoints."""
     track: bool = False
@@ -756,11 +760,14 @@ def train(args):
     every_prompt = join_prompt_files(prompt_files.values())
     check_model(args, every_prompt)
     device, dtype, rank, world_size = open_device(args.device, args.dtype)
-    reward = rewards.build(args.rewards, every_prompt.prompts, every_prompt.metadata, device)
+    report.print_folder(run_dir)
+    with report.announce(f"loading the rewards {args.rewards}"):
+        reward = rewards.build(args.rewards, every_prompt.prompts, every_prompt.metadata, device)
     train_file = prompt_files.pop("train")
 
     torch.manual_seed(args.seed)  # for the initial weights of the LoRA
-    pipe, transformer, reference = load_model(args, device, dtype)
+    with report.announce(f"loading {args.model}"):
+        pipe, transformer, reference = load_model(args, device, dtype)
     parameters = list(trained_parameters(transformer).values())
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=1e-4)
     resolution = args.resolution or pipe.vae.config.sample_size
@@ -901,10 +908,12 @@ def train(args):
 
         is_last = iteration == args.num_iterations
         evaluations = []
-        if iteration % args.eval_every == 0 or is_last:
-            for name, file in prompt_files.items():
-                evaluation = report.evaluate(name, sample_for_evaluation, file, reward, args.micro_batch_size)
-                evaluations.append(evaluation)
+        for name, file in report.files_to_evaluate(prompt_files, iteration, args).items():
+            evaluation = report.evaluate(
+                name, sample_for_evaluation, file, reward, args.micro_batch_size, args.eval_noises
+            )
+            evaluations.append(evaluation)
+        if evaluations:
             clock.stop("evaluate")
         if rank == 0:
             log.write(metrics | clock.metrics(P * K), evaluations)

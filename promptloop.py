@@ -63,6 +63,8 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no notes about optional packages
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    print("importing torch and diffusers ...", flush=True)  # some seconds
 
 import numpy as np
 import torch
@@ -99,7 +101,9 @@ class Args:
     """Run folder whose trained policy is evaluated with the image model given here. Nothing is trained.
     --lm, --lm-lora-rank, --ask, --preview-size and --max-new-tokens are read from that run."""
     eval_every: PositiveInt = 12
-    """Iterations between evaluations."""
+    """Iterations between evaluations. Paraphrases are evaluated before and after the training only."""
+    eval_noises: PositiveInt = 1
+    """Images drawn for each held-out prompt, from as many noises, which are the same in every run."""
     save_every: PositiveInt = 12
     """Iterations between checkpoints."""
     track: bool = False
@@ -1064,15 +1068,19 @@ def train(args):
     prompt_files = load_prompt_files(args.prompts, args.eval_prompts)
     device, dtype, rank, world_size = open_device(args.device, args.dtype)
     every_prompt = join_prompt_files(prompt_files.values())
-    reward = rewards.build(args.rewards, every_prompt.prompts, every_prompt.metadata, device)
+    report.print_folder(run_dir)
+    with report.announce(f"loading the rewards {args.rewards}"):
+        reward = rewards.build(args.rewards, every_prompt.prompts, every_prompt.metadata, device)
     train_file = prompt_files.pop("train")
 
     torch.manual_seed(args.seed)  # for the initial weights of the LoRA
     has_kl = args.lm_kl_coef > 0 and args.lm_kl == "base"
-    lm, tokenizer, reference = load_lm(args, device, dtype, has_kl and not args.evaluate)
-    processor = from_hub(Qwen2VLImageProcessorPil.from_pretrained, args.lm)
+    with report.announce(f"loading {args.lm}"):
+        lm, tokenizer, reference = load_lm(args, device, dtype, has_kl and not args.evaluate)
+        processor = from_hub(Qwen2VLImageProcessorPil.from_pretrained, args.lm)
     policy = Policy(lm, tokenizer, processor)
-    model = load_pipeline(args, device, dtype)
+    with report.announce(f"loading {args.model}"):
+        model = load_pipeline(args, device, dtype)
     parameters = list(trained_parameters(lm).values())
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=1e-4)
 
@@ -1081,6 +1089,10 @@ def train(args):
     T = args.num_inference_steps
     images_per_process = P * K // world_size  # whole groups
     image_numbers = range(rank * images_per_process, (rank + 1) * images_per_process)
+    # How the evaluation samples.
+    plain = functools.partial(sample_plain, model, args)
+    loop = functools.partial(sample_refined, model, policy, args, args.feedback)
+    a_priori = functools.partial(sample_refined, model, policy, args, "none")
 
     progress = {"iteration": -1}
     if args.resume:
@@ -1170,23 +1182,25 @@ def train(args):
 
         is_last = iteration == args.num_iterations
         evaluations = []
-        if iteration % args.eval_every == 0 or is_last:
-            plain = functools.partial(sample_plain, model, args)
-            loop = functools.partial(sample_refined, model, policy, args, args.feedback)
-            a_priori = functools.partial(sample_refined, model, policy, args, "none")
-            for name, file in prompt_files.items():
-                if iteration == 0:  # the image model is not trained: once is enough
-                    evaluations.append(report.evaluate(name, plain, file, reward, args.micro_batch_size))
-                evaluation = report.evaluate(name + "_loop", loop, file, reward, args.micro_batch_size)
+        for name, file in report.files_to_evaluate(prompt_files, iteration, args).items():
+            if iteration == 0:  # the image model is not trained: once is enough
+                evaluation = report.evaluate(
+                    name, plain, file, reward, args.micro_batch_size, args.eval_noises
+                )
                 evaluations.append(evaluation)
-                name = name + "_apriori"
-                if (
-                    args.feedback == "none" or args.num_refinements == 1
-                ):  # no preview was seen in the loop either
-                    evaluation = evaluation._replace(name=name)
-                else:
-                    evaluation = report.evaluate(name, a_priori, file, reward, args.micro_batch_size)
-                evaluations.append(evaluation._replace(films={}))  # without previews it is no film
+            in_loop = report.evaluate(
+                name + "_loop", loop, file, reward, args.micro_batch_size, args.eval_noises
+            )
+            evaluations.append(in_loop)
+            name = name + "_apriori"
+            if args.feedback == "none" or args.num_refinements == 1:  # no preview was seen in the loop either
+                evaluation = in_loop._replace(name=name)
+            else:
+                evaluation = report.evaluate(
+                    name, a_priori, file, reward, args.micro_batch_size, args.eval_noises
+                )
+            evaluations.append(evaluation._replace(films={}))  # without previews it is no film
+        if evaluations:
             clock.stop("evaluate")
         if rank == 0:
             log.write(metrics | clock.metrics(P * K), evaluations)

@@ -68,6 +68,8 @@ import shutil
 from typing import Annotated, Literal, NamedTuple
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no notes about optional packages
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    print("importing torch and diffusers ...", flush=True)  # some seconds
 
 import numpy as np
 import torch
@@ -101,7 +103,9 @@ class Args:
     resume_anyway: bool = False
     """Resume even if the script, the prompt files or the model have changed since the run began."""
     eval_every: PositiveInt = 5
-    """Iterations between evaluations."""
+    """Iterations between evaluations. Paraphrases are evaluated before and after the training only."""
+    eval_noises: PositiveInt = 1
+    """Images drawn for each held-out prompt, from as many noises, which are the same in every run."""
     save_every: PositiveInt = 16
     """Iterations between checkpoints."""
     track: bool = False
@@ -1098,7 +1102,9 @@ def train(args):
     every_prompt = join_prompt_files(prompt_files.values())
     check_model(args, every_prompt)
     device, dtype, rank, world_size = open_device(args.device, args.dtype)
-    reward = rewards.build(args.rewards, every_prompt.prompts, every_prompt.metadata, device)
+    report.print_folder(run_dir)
+    with report.announce(f"loading the rewards {args.rewards}"):
+        reward = rewards.build(args.rewards, every_prompt.prompts, every_prompt.metadata, device)
     train_file = prompt_files.pop("train")
 
     torch.manual_seed(args.seed)  # for the initial weights of the LoRAs
@@ -1106,9 +1112,11 @@ def train(args):
     lm_reference = None
     lm_parameters = []
     if num_rewrites > 0:
-        lm, tokenizer, lm_reference = load_lm(args, device, dtype, has_lm_kl)
+        with report.announce(f"loading {args.lm}"):
+            lm, tokenizer, lm_reference = load_lm(args, device, dtype, has_lm_kl)
         policy = Policy(lm, tokenizer, processor=None)
-    pipe, transformer, reference = load_model(args, device, dtype)
+    with report.announce(f"loading {args.model}"):
+        pipe, transformer, reference = load_model(args, device, dtype)
     models = {"transformer": transformer}
     if args.trained == "lm":
         transformer.requires_grad_(False)
@@ -1305,14 +1313,18 @@ def train(args):
 
         is_last = iteration == args.num_iterations
         evaluations = []
-        if iteration % args.eval_every == 0 or is_last:
-            for name, file in prompt_files.items():
-                evaluation = report.evaluate(name, sample_for_evaluation, file, reward, args.micro_batch_size)
+        for name, file in report.files_to_evaluate(prompt_files, iteration, args).items():
+            evaluation = report.evaluate(
+                name, sample_for_evaluation, file, reward, args.micro_batch_size, args.eval_noises
+            )
+            evaluations.append(evaluation)
+            if policy:
+                name = name + "_enhanced"
+                evaluation = report.evaluate(
+                    name, sample_enhanced, file, reward, args.micro_batch_size, args.eval_noises
+                )
                 evaluations.append(evaluation)
-                if policy:
-                    name = name + "_enhanced"
-                    evaluation = report.evaluate(name, sample_enhanced, file, reward, args.micro_batch_size)
-                    evaluations.append(evaluation)
+        if evaluations:
             clock.stop("evaluate")
         if rank == 0:
             log.write(metrics | clock.metrics(P * K), evaluations)

@@ -14,9 +14,11 @@ import struct
 from pathlib import Path
 
 import torch
+from diffusers.utils import logging as logging_of_diffusers
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
+from transformers.utils import logging as logging_of_transformers
 
 from rewards.errors import BadInput
 
@@ -127,13 +129,27 @@ def collect_messages():
             logger.propagate = propagate
 
 
+@contextlib.contextmanager
+def without_loading_bars():
+    """Hides the bars of diffusers and transformers about the parts of a model. Those of downloads stay."""
+    libraries = [logging_of_diffusers, logging_of_transformers]
+    visible = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in visible:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in visible:
+            library.enable_progress_bar()
+
+
 def from_hub(load, name, **options):
     """load(name, ...), such as CLIPModel.from_pretrained; name is a hub id or a local folder.
 
     Raises BadInput, naming the cause, where that fails or leaves weights of the model unset.
     """
     check_name(name)
-    with collect_messages() as messages:
+    with collect_messages() as messages, without_loading_bars():
         try:
             loaded = load(name, **options)
         except BadInput:

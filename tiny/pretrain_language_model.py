@@ -21,7 +21,7 @@ from tiny.pretraining import fit, parse_options
 from tiny.vlm_world import keeps_meaning
 
 HERE = Path(__file__).parent
-STEPS = 8000
+STEPS = 12000
 SAMPLES = 8  # rewrites per prompt in the evaluation
 TEMPERATURE_1 = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 GREEDY = {"do_sample": False}

@@ -428,10 +428,10 @@ def sample_caption(rng, easy=0.0):
 
 
 TASKS = {  # name -> (sampler, rows of a batch)
-    "rewrite": (sample_rewrite, 14),
-    "refine": (sample_refine, 4),
+    "rewrite": (sample_rewrite, 12),
+    "refine": (sample_refine, 6),
     "edit": (sample_edit, 2),
-    "caption": (sample_caption, 6),
+    "caption": (sample_caption, 12),
 }
 BATCH = sum(rows for _, rows in TASKS.values())
 

@@ -10,10 +10,17 @@ from rewards.report.checkpoint import (
     restore_parameters,
     write_checkpoint,
 )
-from rewards.report.evaluation import Evaluation, Samples, evaluate, gather, gather_scores
+from rewards.report.evaluation import (
+    Evaluation,
+    Samples,
+    evaluate,
+    files_to_evaluate,
+    gather,
+    gather_scores,
+)
 from rewards.report.files import replace_folder
 from rewards.report.folder import open_run, read_args
-from rewards.report.log import Log
+from rewards.report.log import Log, announce, print_folder
 from rewards.report.metrics import Clock, check_finite, mean, reward_metrics, summarise
 
 __all__ = [
@@ -21,12 +28,15 @@ __all__ = [
     "Evaluation",
     "Log",
     "Samples",
+    "announce",
     "check_finite",
     "evaluate",
+    "files_to_evaluate",
     "gather",
     "gather_scores",
     "mean",
     "open_run",
+    "print_folder",
     "read_args",
     "read_checkpoint",
     "replace_folder",

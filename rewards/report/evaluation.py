@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from rewards.prompts import PromptFile
+
 
 class Samples(NamedTuple):
     """What an algorithm draws for a batch of rows of a prompt file."""
@@ -24,6 +26,7 @@ class Evaluation(NamedTuple):
     captions: dict  # {row: text}, of the rows that are shown
     pictures: dict  # {row: (3, H, W) on the CPU}, likewise
     films: dict  # {row: [(picture, caption)]}, likewise, where there are any
+    num_noises: int = 1  # the file's rows stand here once per noise, one pass through the file after another
 
 
 def gather(values):
@@ -57,20 +60,38 @@ def shown_rows(num_rows, num_shown):
     return list(range(0, num_rows, step))[:num_shown]
 
 
-def evaluate(name, sample, file, reward, batch_size, num_shown=16):
+def files_to_evaluate(prompt_files, iteration, args):
+    """{name: PromptFile} of the prompt files that are evaluated at an iteration; often there are none.
+
+    The held-out prompts are evaluated every --eval-every iterations, and before and after the training. Their
+    other wordings, paraphrased and hard, are evaluated before and after only: evaluating should cost little
+    beside training.
+    """
+    if iteration in (0, args.num_iterations):
+        return prompt_files
+    if iteration % args.eval_every == 0:
+        return {"eval": prompt_files["eval"]}
+    return {}
+
+
+def evaluate(name, sample, file, reward, batch_size, num_noises=1, num_shown=16):
     """Scores a PromptFile; the processes share its rows. Returns an Evaluation.
 
-    sample: a function (prompts, metadata, row numbers) -> Samples. num_shown: how many pictures are kept,
-    spread over the file; all pictures of a large file would not fit in memory.
+    sample: a function (prompts, metadata, numbers) -> Samples, where a number stands for an image's initial
+    noise. num_noises: how many images are drawn for each row: image `number` is of row number % rows.
+    num_shown: how many pictures are kept, spread over the file; all pictures of a large file would not fit in
+    memory.
     """
+    file = PromptFile(file.prompts * num_noises, file.metadata * num_noises)
     rank, world_size = 0, 1
     if dist.is_initialized():
         rank = dist.get_rank()
         world_size = dist.get_world_size()
     rows = range(rank, len(file.prompts), world_size)
-    shown = set(shown_rows(len(file.prompts), num_shown))
+    shown = set(shown_rows(len(file.prompts) // num_noises, num_shown))
     share = Evaluation(name, [], {}, {}, {}, {})
-    for start in tqdm(range(0, len(rows), batch_size), desc="evaluate", leave=False, disable=None):
+    starts = range(0, len(rows), batch_size)
+    for start in tqdm(starts, desc=f"evaluate {name}", leave=False, disable=None):
         batch = rows[start : start + batch_size]
         prompts = [file.prompts[row] for row in batch]
         metadata = [file.metadata[row] for row in batch]
@@ -84,7 +105,7 @@ def evaluate(name, sample, file, reward, batch_size, num_shown=16):
                 share.pictures[row] = samples.images[k].to("cpu", copy=True)
                 if samples.films:
                     share.films[row] = samples.films[k]
-    return merge(gather_objects(share), file.metadata)
+    return merge(gather_objects(share), file.metadata)._replace(num_noises=num_noises)
 
 
 def merge(shares, metadata):

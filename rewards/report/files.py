@@ -102,7 +102,7 @@ def remove(path):
 
 def remove_leftovers(run_dir):
     """Removes what a killed process was writing."""
-    for pattern in ("*.tmp", "samples/*.tmp", "checkpoint/*.tmp"):
+    for pattern in ("*.tmp", "samples/*.tmp", "scores/*.tmp", "checkpoint/*.tmp"):
         for path in run_dir.glob(pattern):
             remove(path)
 

@@ -22,6 +22,21 @@ def write_rows(run_dir, rows):
     write_text(run_dir / "metrics.jsonl", "".join(lines))
 
 
+def write_scores(run_dir, iteration, evaluations):
+    """Writes scores/<iteration>.jsonl: an object per image of the evaluations, with its prompt's row in the
+    prompt file (from 0), the number of its initial noise, its tag, if it has one, and all of its scores."""
+    lines = []
+    for evaluation in evaluations:
+        num_rows = len(evaluation.metadata) // evaluation.num_noises
+        for number in sorted(evaluation.scores["reward"]):
+            image = {"evaluation": evaluation.name, "row": number % num_rows, "noise": number // num_rows}
+            if "tag" in evaluation.metadata[number]:
+                image["tag"] = evaluation.metadata[number]["tag"]
+            image |= to_row({name: values.get(number) for name, values in evaluation.scores.items()})
+            lines.append(json.dumps(image, allow_nan=False) + "\n")
+    write_text(run_dir / "scores" / f"{iteration:06d}.jsonl", "".join(lines))
+
+
 def read_rows(run_dir, iteration):
     """The rows of iterations 0 to `iteration`. Raises BadInput if one is missing or damaged.
 

@@ -558,7 +558,7 @@ def test_the_command_line_prints_one_line(tmp_path, name):
     changes, message = COMMANDS[name]
     flags = {"output_dir": str(tmp_path / "runs"), "device": "cpu"} | changes
     result = subprocess.run(command(f"{name}.py", flags), capture_output=True, text=True)
-    assert result.returncode == 2 and result.stdout == ""
+    assert result.returncode == 2 and result.stdout == "importing torch and diffusers ...\n"
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and message in line
     assert not Path(flags["output_dir"]).exists()

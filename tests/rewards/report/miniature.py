@@ -82,9 +82,8 @@ def train(args):
             metrics["losses/undefined"] = float("nan")
         is_last = iteration == args.num_iterations
         evaluations = []
-        if iteration % args.eval_every == 0 or is_last:
-            for name, file in files.items():
-                evaluations.append(report.evaluate(name, sample, file, Brightness(), 2, num_shown=1))
+        for name, file in report.files_to_evaluate(files, iteration, args).items():
+            evaluations.append(report.evaluate(name, sample, file, Brightness(), 2, num_shown=1))
         log.write(metrics, evaluations)
         if iteration % args.save_every == 0 or is_last:
             state = {

@@ -17,6 +17,7 @@ from rewards import BadInput, report
 from rewards.prompts import PromptFile
 from rewards.report import files, pictures
 from rewards.report.evaluation import Evaluation, merge
+from rewards.report.log import format_duration
 
 
 def make_evaluation(name="eval", count=16, score=0.5, caption="a red circle", films=None, side=8):
@@ -79,6 +80,7 @@ def test_before_after_says_what_it_shows(world, monkeypatch):
     monkeypatch.setattr("rewards.report.log.write_aside", files.contextlib.nullcontext)
     log = report.Log.__new__(report.Log)
     log.run_dir = world
+    log.num_iterations = 24
     (world / "samples").mkdir()
     for name in (
         "000000",
@@ -104,8 +106,8 @@ def test_before_after_says_what_it_shows(world, monkeypatch):
     base = "Base model: mean held-out reward 0.250"
     assert shown == [
         [base],
-        [base, "Iteration 12 (loop): mean held-out reward 0.750"],
-        [base, "Iteration 12 (loop): mean held-out reward not scored"],
+        [base, "Iteration 12 of 24 (loop): mean held-out reward 0.750"],
+        [base, "Iteration 12 of 24 (loop): mean held-out reward not scored"],
         [base],
     ]
 
@@ -225,11 +227,101 @@ def test_only_what_is_shown_is_kept_in_memory():
 
     file = PromptFile([str(row) for row in range(100)], [{} for _ in range(100)])
     for num_shown, shown in ((0, []), (4, [0, 25, 50, 75])):
-        evaluation = report.evaluate("eval", sample, file, miniature.Brightness(), 32, num_shown)
+        evaluation = report.evaluate("eval", sample, file, miniature.Brightness(), 32, num_shown=num_shown)
         assert list(evaluation.pictures) == list(evaluation.captions) == shown
         assert list(evaluation.scores["reward"]) == list(range(100))
         for picture in evaluation.pictures.values():
             assert picture.untyped_storage().nbytes() == 3 * 4 * 4 * 4  # not of a whole batch
+
+
+def test_paraphrases_are_evaluated_before_and_after_only():
+    args = miniature.Args(num_iterations=10, eval_every=4)
+    files = {"eval": "a file", "eval_hard": "another"}
+    names = {}
+    for iteration in range(11):
+        names[iteration] = list(report.files_to_evaluate(files, iteration, args))
+    both = ["eval", "eval_hard"]
+    assert {iteration: own for iteration, own in names.items() if own} == {
+        0: both,
+        4: ["eval"],
+        8: ["eval"],
+        10: both,
+    }
+
+
+def test_every_noise_is_an_image_of_its_own_with_scores_of_its_own(log):
+    """The first noise is that of an evaluation with one noise. Its pictures are the ones that are shown."""
+
+    def sample(prompts, metadata, numbers):
+        images = torch.stack([torch.full((3, 4, 4), number / 8) for number in numbers])
+        return report.Samples(images, captions=prompts)
+
+    file = PromptFile(["a", "b", "c"], [{"tag": "x"}, {}, {"tag": "y"}])
+    one = report.evaluate("eval", sample, file, miniature.Brightness(), 2)
+    two = report.evaluate("eval_loop", sample, file, miniature.Brightness(), 2, num_noises=2)
+    assert one.captions == two.captions == {0: "a", 1: "b", 2: "c"}
+    assert two.scores == {"reward": {number: number / 8 for number in range(6)}}
+    two.scores["reward"][4] = math.nan
+    log.write({"iteration": 0, "charts/num_images": 0}, [one, two])
+    (row,) = read_rows(log.run_dir)
+    assert row["eval/reward"] == 1 / 8 and row["eval/reward_loop"] == (0 + 1 + 2 + 3 + 5) / 5 / 8
+    assert row["eval/reward_loop/x"] == 1.5 / 8 and row["eval/reward_loop/y"] == 3.5 / 8
+
+    lines = (log.run_dir / "scores/000000.jsonl").read_text().splitlines()
+    images = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert len(images) == 3 + 6
+    assert images[2] == {"evaluation": "eval", "row": 2, "noise": 0, "tag": "y", "reward": 0.25}
+    assert images[3 + 4] == {"evaluation": "eval_loop", "row": 1, "noise": 1, "reward": None}
+
+
+# === lines on the terminal ===
+
+
+def test_what_takes_time_is_announced_before_it_is_done(capsys, monkeypatch):
+    times = iter([10.0, 11.5])
+    monkeypatch.setattr("rewards.report.log.time.time", lambda: next(times))
+    with report.announce("loading a model"):
+        assert capsys.readouterr().out == "loading a model ..."
+    assert capsys.readouterr().out == " 1.5 s\n"
+
+
+def test_nothing_is_said_twice_by_the_processes_of_a_run(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with report.announce("loading a model"):
+        pass
+    assert capsys.readouterr().out == ""
+
+
+def test_an_error_while_something_is_loaded_is_on_a_line_of_its_own(capsys):
+    with pytest.raises(BadInput), report.announce("loading a model"):
+        raise BadInput("there is none")
+    assert capsys.readouterr().out == "loading a model ...\n"
+
+
+def test_a_row_says_how_far_the_run_is_and_what_the_base_model_scored(log, capsys, monkeypatch):
+    log.num_iterations = 41
+    monkeypatch.setattr("rewards.report.log.time.time", lambda: now)
+    capsys.readouterr()
+    rollout = {"charts/reward_mean": 0.5, "perf/images_per_second": 30.2}
+    now = 100
+    log.write({"iteration": 0, "charts/num_images": 0}, [make_evaluation(score=0.25)])
+    now = 130
+    log.write({"iteration": 1, "charts/num_images": 9} | rollout, [])
+    now = 140
+    log.write({"iteration": 2, "charts/num_images": 18} | rollout, [make_evaluation(score=0.75)])
+    assert capsys.readouterr().out.splitlines() == [
+        "[0/41] eval/reward 0.250",
+        "[1/41] reward 0.500, 30 images/s, 20 min left",
+        "[2/41] reward 0.500, 30 images/s, 13 min left",
+        "[2/41] eval/reward 0.750 (base model 0.250)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "seconds, words", [(0, "0 s"), (99, "99 s"), (100, "2 min"), (3600, "60 min"), (9000, "2.5 h")]
+)
+def test_a_duration_has_a_fitting_unit(seconds, words):
+    assert format_duration(seconds) == words
 
 
 def test_the_shares_of_all_processes_are_one_evaluation():
