@@ -113,8 +113,8 @@ class Args:
     resolution: NonNegativeInt = 0
     """Side of the square images, in pixels. 0: the model's own."""
     max_sequence_length: Annotated[int, Range(0, 512)] = 0
-    """Length of a prompt in T5 tokens, padding included: 256 at most for SD3.5, 512 for FLUX.1, which draws
-    another image at another length. 0: leave T5 out (tiny/sd3 has none; FLUX.1 needs it)."""
+    """Length of a prompt in T5 tokens, padding included: at most 256 for SD3.5, 512 for FLUX.1, which draws
+    another image at another length. 0: SD3 without its T5 (tiny/sd3 has none), FLUX.1 at its own length."""
     lora_rank: Annotated[int, Range(0, 1024)] = 0
     """Rank of the trained LoRA; its alpha is twice the rank. 0: train all weights."""
     gradient_checkpointing: bool = False
@@ -203,8 +203,6 @@ def check_model(args, every_prompt):
         raise BadInput(
             f"--model {args.model} shifts its times dynamically, which is supported for FLUX.1 only"
         )
-    if flux and args.max_sequence_length == 0:
-        raise BadInput("--max-sequence-length must be above 0, usually 512: FLUX.1 reads its prompts with T5")
     if args.max_sequence_length > 0 and not flux and "text_encoder_3" not in configs:
         raise BadInput(f"--max-sequence-length must be 0: {args.model} has no T5 encoder")
     patch_size = 2 if flux else transformer["patch_size"]  # in latents
@@ -260,7 +258,8 @@ def load_model(args, device, dtype):
     or where beta is 0.
     """
     left_out = {}
-    if args.max_sequence_length == 0:
+    family = read_pipeline_configs(args.model)["family"]
+    if family == "StableDiffusion3Pipeline" and args.max_sequence_length == 0:
         left_out = {"text_encoder_3": None, "tokenizer_3": None}  # the T5 of SD3
     pipe = from_hub(DiffusionPipeline.from_pretrained, args.model, dtype=dtype, **left_out).to(device)
     pipe.vae.float()
@@ -335,7 +334,8 @@ def encode_prompts(pipe, prompts, max_sequence_length, cache, offload=False):
         # One prompt at a time. In a batch, rounding would depend on which prompts share it, and a resumed
         # run, whose cache starts empty, would share them differently.
         if is_flux(pipe):
-            embeds, pooled, _ = pipe.encode_prompt([prompt], max_sequence_length=max_sequence_length)
+            length = max_sequence_length or pipe.tokenizer_2.model_max_length
+            embeds, pooled, _ = pipe.encode_prompt([prompt], max_sequence_length=length)
         else:
             embeds, _, pooled, _ = pipe.encode_prompt(
                 [prompt],

@@ -438,7 +438,8 @@ def embed(pipe, prompts, max_sequence_length, cache):
                 max_sequence_length=max_sequence_length,
             )
         else:  # FLUX.1
-            embeds, pooled, _ = pipe.encode_prompt(prompt, max_sequence_length=max_sequence_length or 512)
+            length = max_sequence_length or pipe.tokenizer_2.model_max_length
+            embeds, pooled, _ = pipe.encode_prompt(prompt, max_sequence_length=length)
         cache[prompt] = embeds.cpu(), pooled.cpu()
     embeds = torch.cat([cache[prompt][0] for prompt in prompts])
     pooled = torch.cat([cache[prompt][1] for prompt in prompts])
@@ -613,7 +614,7 @@ class Policy(NamedTuple):
 
     lm: torch.nn.Module
     tokenizer: object
-    processor: object  # of pictures
+    processor: object  # of pictures. None: it is shown none
 
 
 class Dialogue(NamedTuple):
@@ -670,14 +671,14 @@ def to_bytes(images, size):
     return rearrange(pixels, "b c h w -> b h w c")
 
 
-def ask_about(policy, questions, previews):
-    """Model inputs as from `ask`, with one of the previews (B, H, W, 3) uint8 before each question.
+def ask_about(policy, questions, pictures):
+    """Model inputs as from `ask`, with one of the pictures (B, H, W, 3) uint8 before each question.
 
-    previews None: text alone.
+    pictures None: text alone.
     """
-    if previews is None:
+    if pictures is None:
         return ask(policy, questions)
-    pixels = policy.processor(images=list(previews.numpy()), return_tensors="pt")
+    pixels = policy.processor(images=list(pictures.numpy()), return_tensors="pt")
     patches = int(pixels["image_grid_thw"][0].prod())  # of an image; all are of one size
     num_tokens = patches // policy.processor.merge_size**2
     chats = []
@@ -794,8 +795,8 @@ def converse(policy, questions, inputs, max_new_tokens, noise):
 def refine(policy, template, originals, current, done, previews, max_new_tokens, noise=None):
     """Rewrites of B prompts in use, after a share `done` of the steps. Without an answer a prompt stays.
 
-    template: what is asked, as in --ask. previews: as for `ask_about`. noise: (B, N), by which the replies
-    are sampled; without it they are greedy.
+    template: what is asked, as in --ask. previews: as the pictures of `ask_about`. noise: (B, N), by which
+    the replies are sampled; without it they are greedy.
     """
     start = "No preview yet." if previews is None else f"Preview at {round(10 * done) * 10}%."
     questions = []

@@ -5,7 +5,8 @@ Derived from: flow_grpo.py, whose functions it has unchanged. Read that file fir
 
 One iteration; the numbers are those of the comments in `train`:
  1. Draw P prompts, K images for each. A language model rewrites the prompt of every image of a group but
-    the last ones, which are drawn from the prompt itself.                    draw_prompts, rewrite
+    the last ones, which are drawn from the prompt itself. Where the prompt asks for an edit, the language
+    model sees the image to edit.                                             draw_prompts, rewrite
  2. Sample with an SDE in the first W steps. Every image has its own noise.   draw_noise, rollout
  3. Score the images against the original prompt, never against the rewrite.  rewards/
  4. Reward = that score, plus one if the rewrite is well-formed: Eq. (1). Advantage = the z-score over the
@@ -25,7 +26,7 @@ Differences from the paper and its code:
  4. The gradient of each model is clipped to --max-grad-norm. The code does not clip.
  5. Weight decay is 1e-4 instead of 0. The defaults, made for the tiny world, have 256 images per iteration
     instead of 64, a = 0.7 instead of 0.8, and no KL of the flow model instead of beta = 4e-3.
- 6. The last step is an ODE step. The language model does not see the image that is to be edited.
+ 6. The last step is an ODE step.
 
 Two biases are kept as published. A reply's loss is divided by its number of tokens, so that a token of a long
 reply weighs less. The mean of a group includes the image itself, which shrinks the gradient by (K - 1) / K.
@@ -79,6 +80,7 @@ from einops import rearrange
 from peft import LoraConfig, get_peft_model_state_dict
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import rewards
 from rewards import BadInput, command_line, report
@@ -86,6 +88,9 @@ from rewards.command_line import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from rewards.prompts import join_prompt_files, load_prompt_files
 from rewards.sources import load_source
 from rewards.weights import from_hub, read_config, read_pipeline_configs
+
+REWRITE = "Improve this image prompt: {prompt}. Answer inside <answer> </answer>."
+EDIT = "Improve this edit instruction: {prompt}. Answer inside <answer> </answer>."
 
 
 @dataclasses.dataclass
@@ -120,13 +125,16 @@ class Args:
     """Image model: a diffusers pipeline of SD3, FLUX.1 or FLUX.1-Kontext, as a folder or a hub id."""
     lm: str = "tiny/vlm"
     """Language model that rewrites prompts: a Qwen2.5-VL, as a transformers folder or a hub id."""
-    instruction: str = "Improve this image prompt: {prompt}. Answer inside <answer> </answer>."
-    """What the language model is asked. {prompt} stands for the prompt."""
+    instruction: str = ""
+    """What the language model is asked. {prompt} stands for the prompt. Empty: REWRITE, above, or EDIT where
+    the prompts have images to edit, which the language model then sees."""
+    source_size: NonNegativeInt = 0
+    """Side of the images to edit as the language model sees them, in pixels. 0: that of --resolution."""
     resolution: NonNegativeInt = 0
     """Side of the square images, in pixels. 0: the model's own."""
     max_sequence_length: Annotated[int, Range(0, 512)] = 0
-    """Length of a prompt in T5 tokens, padding included: 256 at most for SD3.5, 512 for FLUX.1, which draws
-    another image at another length. 0: leave T5 out (tiny/sd3 has none; FLUX.1 needs it)."""
+    """Length of a prompt in T5 tokens, padding included: at most 256 for SD3.5, 512 for FLUX.1, which draws
+    another image at another length. 0: SD3 without its T5 (tiny/sd3 has none), FLUX.1 at its own length."""
     lora_rank: Annotated[int, Range(0, 1024)] = 0
     """Rank of the LoRA of the flow model; its alpha is twice the rank. 0: train all weights."""
     lm_lora_rank: Annotated[int, Range(0, 1024)] = 0
@@ -219,7 +227,7 @@ def check_args(args):
         )
     if args.trained == "lm" and args.num_original_prompts == args.num_images_per_prompt:
         raise BadInput("--num-original-prompts must be below --num-images-per-prompt with --trained lm")
-    if "{prompt}" not in args.instruction:
+    if args.instruction and "{prompt}" not in args.instruction:
         raise BadInput("--instruction must have {prompt} in it, where the prompt goes")
 
 
@@ -240,8 +248,6 @@ def check_model(args, every_prompt):
         raise BadInput(
             f"--model {args.model} shifts its times dynamically, which is supported for FLUX.1 only"
         )
-    if flux and args.max_sequence_length == 0:
-        raise BadInput("--max-sequence-length must be above 0, usually 512: FLUX.1 reads its prompts with T5")
     if args.max_sequence_length > 0 and not flux and "text_encoder_3" not in configs:
         raise BadInput(f"--max-sequence-length must be 0: {args.model} has no T5 encoder")
     patch_size = 2 if flux else transformer["patch_size"]  # in latents
@@ -316,7 +322,8 @@ def load_model(args, device, dtype):
     or where beta is 0.
     """
     left_out = {}
-    if args.max_sequence_length == 0:
+    family = read_pipeline_configs(args.model)["family"]
+    if family == "StableDiffusion3Pipeline" and args.max_sequence_length == 0:
         left_out = {"text_encoder_3": None, "tokenizer_3": None}  # the T5 of SD3
     pipe = from_hub(DiffusionPipeline.from_pretrained, args.model, dtype=dtype, **left_out).to(device)
     pipe.vae.float()
@@ -434,7 +441,8 @@ def encode_prompts(pipe, prompts, max_sequence_length, cache, offload=False):
         # One prompt at a time. In a batch, rounding would depend on which prompts share it, and a resumed
         # run, whose cache starts empty, would share them differently.
         if is_flux(pipe):
-            embeds, pooled, _ = pipe.encode_prompt([prompt], max_sequence_length=max_sequence_length)
+            length = max_sequence_length or pipe.tokenizer_2.model_max_length
+            embeds, pooled, _ = pipe.encode_prompt([prompt], max_sequence_length=length)
         else:
             embeds, _, pooled, _ = pipe.encode_prompt(
                 [prompt],
@@ -726,7 +734,7 @@ class Policy(NamedTuple):
 
     lm: torch.nn.Module
     tokenizer: object
-    processor: object  # of pictures. None: it is shown none, as here
+    processor: object  # of pictures. None: it is shown none
 
 
 class Dialogue(NamedTuple):
@@ -773,6 +781,43 @@ def ask(policy, questions):
     inputs = dict(inputs.to(policy.lm.device))
     inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])  # 0: all of it is text
     return inputs
+
+
+def to_bytes(images, size):
+    """What the policy sees of images (B, 3, H, W): (B, size, size, 3) uint8. Size 0 does not scale them."""
+    if size > 0:
+        images = torch.nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    pixels = (images * 255).round().clamp(0, 255).byte().cpu()
+    return rearrange(pixels, "b c h w -> b h w c")
+
+
+def show_sources(metadata, resolution, size):
+    """The images that the rows ask to edit, as the policy sees them: (B, H, W, 3) uint8, None without any."""
+    if "source" not in metadata[0]:
+        return None
+    return to_bytes(torch.stack([load_source(row["source"], resolution) for row in metadata]), size)
+
+
+def ask_about(policy, questions, pictures):
+    """Model inputs as from `ask`, with one of the pictures (B, H, W, 3) uint8 before each question.
+
+    pictures None: text alone.
+    """
+    if pictures is None:
+        return ask(policy, questions)
+    pixels = policy.processor(images=list(pictures.numpy()), return_tensors="pt")
+    patches = int(pixels["image_grid_thw"][0].prod())  # of an image; all are of one size
+    num_tokens = patches // policy.processor.merge_size**2
+    chats = []
+    for question in questions:
+        text = {"type": "text", "text": as_text(policy.tokenizer, question)}
+        turn = {"role": "user", "content": [{"type": "image"}, text]}
+        chat = policy.tokenizer.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        chats.append(chat.replace("<|image_pad|>", num_tokens * "<|image_pad|>"))
+    inputs = dict(policy.tokenizer(chats, padding=True, return_tensors="pt"))
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == policy.lm.config.image_token_id).int()
+    inputs.update(pixels)
+    return {name: value.to(policy.lm.device) for name, value in inputs.items()}
 
 
 def draw_token_noise(image_numbers, turn, num_images, max_new_tokens, seed, iteration):
@@ -874,10 +919,14 @@ def converse(policy, questions, inputs, max_new_tokens, noise):
     return Rewrites(prompts, well_formed, Dialogue(questions, replies, mask, log_probs))
 
 
-def rewrite(policy, instruction, prompts, max_new_tokens, noise=None):
-    """Rewrites of B prompts, sampled by noise (B, N) or greedy. A reply without an answer is taken whole."""
+def rewrite(policy, instruction, prompts, pictures, max_new_tokens, noise=None):
+    """Rewrites of B prompts, sampled by noise (B, N) or greedy. A reply without an answer is taken whole.
+
+    pictures: the images to edit, as for `ask_about`, or None.
+    """
     questions = [fill(instruction, prompt=prompt) for prompt in prompts]
-    return converse(policy, questions, ask(policy, questions), max_new_tokens, noise)
+    inputs = ask_about(policy, questions, pictures)
+    return converse(policy, questions, inputs, max_new_tokens, noise)
 
 
 def is_truncated(tokenizer, prompt):
@@ -885,9 +934,12 @@ def is_truncated(tokenizer, prompt):
     return len(tokenizer(prompt).input_ids) > tokenizer.model_max_length
 
 
-def sample_rewritten(policy, args, sample, prompts, metadata, numbers):
-    """Samples with greedy rewrites in place of the prompts. sample: as for `report.evaluate`."""
-    rewrites = rewrite(policy, args.instruction, prompts, args.max_new_tokens).prompts
+def sample_rewritten(rewrite_rows, sample, prompts, metadata, numbers):
+    """Samples with greedy rewrites in place of the prompts. sample: as for `report.evaluate`.
+
+    rewrite_rows: a function (prompts, metadata) -> Rewrites.
+    """
+    rewrites = rewrite_rows(prompts, metadata).prompts
     captions = [f"{prompt}\n-> {text}" for prompt, text in zip(prompts, rewrites)]
     return sample(rewrites, metadata, numbers)._replace(captions=captions)
 
@@ -994,13 +1046,13 @@ def reply_objective(log_probs, ref_log_probs, mask, advantages):
     return policy_loss, mean_per_reply(token_kl(log_probs, ref_log_probs), mask)
 
 
-def reply_losses(policy, reference, dialogue, advantages, has_kl):
+def reply_losses(policy, reference, dialogue, pictures, advantages, has_kl):
     """Named losses and diagnostics of a dialogue's replies, (B,) each, means over the tokens of a reply.
 
     reference: the language model before training, as for `base_weights`; without has_kl it is not asked, and
-    the KL is 0. advantages: (B,).
+    the KL is 0. pictures: what the policy saw, as for `ask_about`. advantages: (B,).
     """
-    inputs = ask(policy, dialogue.questions)
+    inputs = ask_about(policy, dialogue.questions, pictures)
     log_probs, entropy = reply_log_probs(policy.lm, inputs, dialogue.replies)
     ref_log_probs = log_probs.detach()
     if has_kl:
@@ -1106,6 +1158,8 @@ def train(args):
     with report.announce(f"loading the rewards {args.rewards}"):
         reward = rewards.build(args.rewards, every_prompt.prompts, every_prompt.metadata, device)
     train_file = prompt_files.pop("train")
+    has_sources = "source" in every_prompt.metadata[0]
+    instruction = args.instruction or (EDIT if has_sources else REWRITE)
 
     torch.manual_seed(args.seed)  # for the initial weights of the LoRAs
     policy = None
@@ -1114,7 +1168,10 @@ def train(args):
     if num_rewrites > 0:
         with report.announce(f"loading {args.lm}"):
             lm, tokenizer, lm_reference = load_lm(args, device, dtype, has_lm_kl)
-        policy = Policy(lm, tokenizer, processor=None)
+            processor = None
+            if has_sources:
+                processor = from_hub(Qwen2VLImageProcessorPil.from_pretrained, args.lm)
+        policy = Policy(lm, tokenizer, processor)
     with report.announce(f"loading {args.model}"):
         pipe, transformer, reference = load_model(args, device, dtype)
     models = {"transformer": transformer}
@@ -1166,7 +1223,12 @@ def train(args):
         x_0, _ = rollout(velocity_for(prompts, metadata), noise, eval_sigmas, (), 0.0, "flow")
         return report.Samples(decode(pipe, x_0), captions=prompts)
 
-    sample_enhanced = functools.partial(sample_rewritten, policy, args, sample_for_evaluation)
+    def rewrite_rows(prompts, metadata, noise=None):
+        """Rewrites for a batch of these rows."""
+        pictures = show_sources(metadata, resolution, args.source_size)
+        return rewrite(policy, instruction, prompts, pictures, args.max_new_tokens, noise)
+
+    sample_enhanced = functools.partial(sample_rewritten, rewrite_rows, sample_for_evaluation)
 
     # The loss uses the micro-batches of the rollout. Kernels round differently at another batch size, and the
     # first ratio would not be exactly 1.
@@ -1206,7 +1268,7 @@ def train(args):
                 numbers = [image_numbers[image] for image in images]
                 noise = draw_token_noise(numbers, 0, P * K, args.max_new_tokens, args.seed, iteration)
                 asked_about = [originals[image] for image in images]
-                batch = rewrite(policy, args.instruction, asked_about, args.max_new_tokens, noise)
+                batch = rewrite_rows(asked_about, [metadata[image] for image in images], noise)
                 rewrites.append(batch)
                 reply_tokens += batch.dialogue.mask.sum(1).tolist()
                 well_formed += batch.well_formed
@@ -1257,7 +1319,10 @@ def train(args):
             if args.trained != "flow":
                 for images, batch in zip(lm_batches, rewrites):
                     A = advantages[images]
-                    losses = reply_losses(policy, lm_reference, batch.dialogue, A, has_lm_kl)
+                    pictures = show_sources(
+                        [metadata[image] for image in images], resolution, args.source_size
+                    )
+                    losses = reply_losses(policy, lm_reference, batch.dialogue, pictures, A, has_lm_kl)
                     loss = losses["lm_policy_loss"] + args.lm_kl_coef * losses["lm_kl"]
                     (loss.sum() / num_replies).backward()
                     for name, values in losses.items():

@@ -34,6 +34,7 @@ REGISTRY = {  # name in a spec -> "module:factory", imported on demand; factory(
     "vlm": "rewards.vlm:make_vlm",
     "vlm_judge": "rewards.vlm:make_vlm_judge",
     "hpsv3": "rewards.hpsv3:make_hpsv3",
+    "edit": "rewards.tiny_world.edit:make_edit",
     "editreward": "rewards.hpsv3:make_editreward",
 }
 # Sizes of a weight. Beyond them a sum in float32 would lose one reward beside another, or overflow.

@@ -300,10 +300,10 @@ def score_pipeline(pipe, file, spec, guidance_scale, noise_seed):
     return {key: torch.cat(values) for key, values in parts.items()}
 
 
-def print_tags(scores, metadata):
-    """One line with the mean score of each GenEval tag. scores: (rows,)."""
+def print_tags(scores, metadata, tags=world.TAGS):
+    """One line with the mean score of each tag. scores: (rows,)."""
     means = []
-    for tag in world.TAGS:
+    for tag in tags:
         rows = torch.tensor([row["tag"] == tag for row in metadata])
         means.append(f"{tag} {scores[rows].mean():.3f}")
     print("    " + ", ".join(means), flush=True)

@@ -162,8 +162,15 @@ def edit_rows(name, fold):
             continue
         for number, (_, edit) in enumerate(edits_of(quarter)):
             source = f"../sources/{source_name(quarter, number)}"
-            rows.append(edit.content | {"prompt": edit.instruction, "source": source})
+            keep = [described(thing) for thing in edit.kept]
+            rows.append(edit.content | {"prompt": edit.instruction, "source": source, "keep": keep})
     return rows
+
+
+def described(thing):
+    """A thing as the reward `edit` wants it: its centre is in shares of the image's side."""
+    center = [round(thing.x / world.SIZE, 4), round(thing.y / world.SIZE, 4)]
+    return {"class": thing.shape, "color": thing.color, "center": center}
 
 
 # ---- writing ----

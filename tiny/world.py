@@ -434,6 +434,7 @@ class Edit(NamedTuple):
     instruction: str
     target: list
     content: dict
+    kept: list  # the things of the target whose place the instruction leaves as it was
 
 
 def sample_source(rng):
@@ -463,15 +464,18 @@ def edit_scene(kind, source, rng):
     if kind == "recolour":
         color = rng.choice([color for color in PALETTE if color != thing.color])
         target = [thing._replace(color=color)] + rest
+        kept = target
         instruction = f"make {name} {color}"
     elif kind == "add":
         new = random_thing(rng, rng.choice(other_shapes), rng.choice(list(PALETTE)))
         target = source + [new]
+        kept = source
         instruction = f"add {article(new.color)} {new.color} {new.shape}"
     elif kind == "remove":
         if not rest:
             return None
         target = rest
+        kept = rest
         instruction = f"remove {name}"
     elif kind == "move":
         asked_place = rng.choice(list(PLACE_WORDS))
@@ -479,10 +483,12 @@ def edit_scene(kind, source, rng):
             return None
         x, y = random_center(rng, thing.r, asked_place)
         target = [thing._replace(x=x, y=y)] + rest
+        kept = rest
         instruction = f"move {name} to the {asked_place}"
     else:
         shape = rng.choice(other_shapes)
         target = [thing._replace(shape=shape)] + rest
+        kept = target
         instruction = f"replace {name} with {article(shape)} {shape}"
     for i, thing in enumerate(target):
         if not fits(thing, target[:i]):
@@ -490,7 +496,7 @@ def edit_scene(kind, source, rng):
     include = [{"class": thing.shape, "count": 1, "color": thing.color} for thing in target]
     if asked_place:
         include[0]["place"] = asked_place
-    return Edit(instruction, target, content_of(kind, include))
+    return Edit(instruction, target, content_of(kind, include), kept)
 
 
 CONTENTS = {tag: all_contents(tag) for tag in TAGS}

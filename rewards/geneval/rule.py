@@ -122,7 +122,13 @@ def passes(detections, metadata, exact):
 
 
 def soft_score(detections, metadata):
-    """Mean over clauses, each in [0, 1].
+    """The mean of `clause_scores`."""
+    scores = clause_scores(detections, metadata)
+    return sum(scores) / len(scores)
+
+
+def clause_scores(detections, metadata):
+    """How nearly each clause holds, a list of numbers in [0, 1].
 
     count      1 - |asked - found| / asked, at least 0 (Flow-GRPO's training score goes negative here)
     colour     the same over the objects of that colour; 0 while the count is wrong
@@ -150,7 +156,7 @@ def soft_score(detections, metadata):
             scores.append(share_of_pairs(counted[-1], counted[index], relation))
     if excluded_clauses(metadata):
         scores.append(float(excluded_is_absent(groups, metadata)))
-    return sum(scores) / len(scores)
+    return scores
 
 
 def share_of_pairs(detections, targets, relation):

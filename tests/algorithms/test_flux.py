@@ -23,6 +23,7 @@ import promptrl
 import superflow
 from flow_grpo import Args, Conditions, train
 from rewards.prompts import PromptFile
+from rewards.sources import load_source
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 12  # T5 tokens of a prompt
@@ -246,6 +247,55 @@ def test_the_other_files_train_it_too(models, flags, tmp_path, module, name):
     assert all(row["losses/grad_norm"] > 0 for row in rows[1:])
 
 
+@pytest.mark.parametrize("module", [flow_grpo, superflow, fdfo, promptrl], ids=lambda module: module.__name__)
+def test_the_length_of_a_prompt_is_the_tokenizers_own_unless_it_is_given(models, module):
+    pipe = DiffusionPipeline.from_pretrained(models["dev"])
+    embeds, _ = module.encode_prompts(pipe, ["a red circle"], 0, {})
+    assert embeds.shape[1] == pipe.tokenizer_2.model_max_length == 24
+    embeds, _ = module.encode_prompts(pipe, ["a red circle"], LENGTH, {})
+    assert embeds.shape[1] == LENGTH
+
+
+def test_the_rewriter_sees_the_image_that_it_is_asked_about(models, flags, tmp_path, spy):
+    """The same pixels in the rollout, in the loss and in the evaluation, each beside its own instruction."""
+    asked = spy(promptrl, "ask_about")
+    flags |= {"model": models["kontext"], "lora_rank": 2, "prompts": edit_files(tmp_path), "sde_window": 2}
+    flags |= {"source_size": 32, "lm_kl_coef": 0.0, "num_iterations": 1}
+    run_dir = promptrl.train(promptrl.Args(**flags))
+    (row,) = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][1:]
+    assert 0 <= row["losses/lm_ratio_first"] < 1e-5
+    pictures = {}
+    for split in ("train", "eval"):
+        for k, color in enumerate(("red", "blue")):
+            source = load_source(tmp_path / f"my_edits_{split}_{k}.png", 64)
+            question = promptrl.fill(promptrl.EDIT, prompt=f"make it {color}")
+            pictures[split, question] = promptrl.to_bytes(source.unsqueeze(0), 32)[0]
+    splits = []
+    for (_, questions, shown), _ in asked:
+        assert shown.shape == (len(questions), 32, 32, 3)
+        for split in ("train", "eval"):
+            if all((image == pictures[split, own]).all() for image, own in zip(shown, questions)):
+                splits.append(split)
+    # Evaluated, sampled, trained, evaluated.
+    assert splits == ["eval", "train", "train", "eval"]
+
+
+def test_the_rewriter_reads_the_picture():
+    """Another picture gives other probabilities, and a text beside a picture others than alone."""
+    args = promptrl.Args()
+    lm, tokenizer, _ = promptrl.load_lm(args, torch.device("cpu"), torch.float32, False)
+    processor = promptrl.Qwen2VLImageProcessorPil.from_pretrained(args.lm)
+    policy = promptrl.Policy(lm, tokenizer, processor)
+    questions = [promptrl.fill(promptrl.EDIT, prompt="make the red circle blue")] * 2
+    pictures = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
+    pictures[1, 20:40, 20:40] = 255
+    replies = torch.tensor([tokenizer("make the circle blue").input_ids] * 2)
+    log_probs, _ = promptrl.reply_log_probs(lm, promptrl.ask_about(policy, questions, pictures), replies)
+    alone, _ = promptrl.reply_log_probs(lm, promptrl.ask_about(policy, questions, None), replies)
+    assert (log_probs[0] != log_probs[1]).any()
+    assert (log_probs != alone).any(dim=1).all() and (alone[0] == alone[1]).all()
+
+
 def test_the_saved_lora_gives_the_trained_images_in_plain_diffusers(models, flags):
     flags |= {"model": models["dev"], "lora_rank": 2, "learning_rate": 0.1}
     run_dir = train(Args(**flags))
@@ -272,7 +322,6 @@ def test_the_saved_transformer_gives_the_trained_weights_in_plain_diffusers(mode
 @pytest.mark.parametrize(
     "name, changes, message",
     [
-        ("dev", {"max_sequence_length": 0}, "--max-sequence-length must be above 0"),
         ("dev", {"resolution": 56}, "--resolution 56 must be a multiple of 16"),
         ("dev", {"resolution": 8192}, "at most 4096"),
     ],

@@ -94,9 +94,12 @@ def edits():
 
 def test_an_edit_changes_the_picture_and_reaches_its_metadata(edits):
     assert {edit.content["tag"] for _, edit in edits} == set(world.EDITS)
-    for source, (_, target, content) in edits:
+    for source, (_, target, content, kept) in edits:
         rule.check_metadata(content)
         assert source != target
+        assert set(kept) <= set(target)
+        if content["tag"] == "remove":
+            assert kept == source[1:]
         assert (world.draw(source) != world.draw(target)).any()
         assert rule.passes(as_detections(target), content, exact=True)
         assert all(world.fits(thing, target[:i]) for i, thing in enumerate(target))
