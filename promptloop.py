@@ -69,7 +69,7 @@ if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxKontextPipeline
 from einops import rearrange
 from peft import LoraConfig
 from tqdm import tqdm
@@ -80,6 +80,7 @@ import rewards
 from rewards import BadInput, command_line, report
 from rewards.command_line import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed
 from rewards.prompts import join_prompt_files, load_prompt_files
+from rewards.sources import load_source
 from rewards.weights import from_hub, read_config, read_pipeline_configs
 
 
@@ -115,7 +116,7 @@ class Args:
 
     # Model and data
     model: str = "tiny/sd3"
-    """Image model: a diffusers pipeline of Stable Diffusion 3, Stable Diffusion XL or FLUX.1, as a folder or
+    """Image model: a diffusers pipeline of Stable Diffusion 3 or XL, FLUX.1 or FLUX.1-Kontext, as a folder or
     a hub id."""
     flow_lora: str = ""
     """LoRA to load on top of the image model, in diffusers' format, such as runs/X/lora of another
@@ -132,7 +133,7 @@ class Args:
     """Side of the square images, in pixels. 0: the model's own."""
     max_sequence_length: Annotated[int, Range(0, 512)] = 0
     """Length of a prompt in T5 tokens (SD3.5 uses up to 256). 0: leave T5 out of Stable Diffusion 3 (tiny/sd3
-    has none); FLUX.1 then uses 512."""
+    has none); FLUX.1 then uses its tokenizer's own, 512."""
     lm_lora_rank: Annotated[int, Range(0, 1024)] = 0
     """Rank of the LoRA of the policy; its alpha is twice the rank. 0: train all weights that read and write
     text."""
@@ -232,11 +233,12 @@ def with_policy_flags(args):
 # === model ===
 
 
-def check_pipeline(args):
-    """Raises BadInput where the image model's configurations do not fit the flags. Loads no weights."""
+def check_pipeline(args, every_prompt):
+    """Raises BadInput where the image model's configurations do not fit the flags or prompts. Loads no
+    weights."""
     configs = read_pipeline_configs(args.model)
     family = configs["family"]
-    families = ["StableDiffusion3Pipeline", "StableDiffusionXLPipeline", "FluxPipeline"]
+    families = "StableDiffusion3Pipeline StableDiffusionXLPipeline FluxPipeline FluxKontextPipeline".split()
     if family not in families:
         raise BadInput(f"--model {args.model} is a {family}; supported: {', '.join(families)}")
     scheduler = configs["scheduler"]
@@ -258,10 +260,15 @@ def check_pipeline(args):
             )
     else:
         multiple = pixels_per_latent
-        if family == "FluxPipeline":
+        if family in ("FluxPipeline", "FluxKontextPipeline"):
             multiple = 2 * pixels_per_latent  # 2 x 2 latents are a token
         if args.resolution % multiple:
             raise BadInput(f"--resolution {args.resolution} must be a multiple of {multiple}")
+    edits = any("source" in row for row in every_prompt.metadata)
+    if edits and family != "FluxKontextPipeline":
+        raise BadInput(
+            f"--model {args.model} cannot edit the source images of --prompts: use a FLUX.1-Kontext"
+        )
 
 
 def check_lm(args):
@@ -333,7 +340,7 @@ def load_pipeline(args, device, dtype):
     pipe.set_progress_bar_config(disable=True)
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     channels = denoiser.config.in_channels
-    size = args.resolution or pipe.default_sample_size * pipe.vae_scale_factor
+    size = args.resolution or pipe.vae.config.sample_size
     side = size // pipe.vae_scale_factor
     latent_shape = (channels, side, side)
     if hasattr(pipe, "_pack_latents"):  # FLUX.1: 2 x 2 latents are a token
@@ -341,6 +348,8 @@ def load_pipeline(args, device, dtype):
     options = {"height": size, "width": size, "guidance_scale": args.guidance_scale}
     if hasattr(pipe, "text_encoder_3"):  # SD3 encodes the negative prompt itself, to the others' length
         options["max_sequence_length"] = args.max_sequence_length
+    if isinstance(pipe, FluxKontextPipeline):  # else it draws another size, and scales the source to a third
+        options |= {"max_area": size * size, "_auto_resize": False}
     return ImageModel(pipe, size, latent_shape, dtype, args.max_sequence_length, options, cache={})
 
 
@@ -580,14 +589,15 @@ class PromptsInUse:
 
 
 @torch.no_grad()
-def sample(model, prompts, noise, schedules, write, num_steps):
+def sample(model, prompts, noise, schedules, write, num_steps, sources=None):
     """Images (B, 3, H, W) by the pipeline's own call; prompts are refined before the steps of schedules.
 
     model: an ImageModel. noise: (B, *latent_shape). schedules: a set of steps for each image.
     write: a function (positions, step, current, look) -> new prompts for the images at these positions of
     the batch, whose prompts are current so far. look() shows their clean predictions; it is None before
-    step 0.
+    step 0. sources: the images to edit, (B, 3, H, W) in [0, 1].
     """
+    options = model.options if sources is None else model.options | {"image": sources}
     in_use = PromptsInUse(model, prompts, schedules, write)
     in_use.refine(0)
     # FLUX.1 lets a callback exchange prompt_embeds alone: its pooled embedding stays the first prompt's.
@@ -596,7 +606,7 @@ def sample(model, prompts, noise, schedules, write, num_steps):
     with watched_steps(model.pipe.scheduler, in_use.note):
         latents = model.pipe(
             **in_use.embed(),
-            **model.options,
+            **options,
             latents=noise.to(model.pipe.device, model.dtype),
             num_inference_steps=num_steps,
             output_type="latent",
@@ -663,6 +673,13 @@ def ask(policy, questions):
     return inputs
 
 
+def load_sources(metadata, size):
+    """The images that the rows ask to edit, (B, 3, size, size) in [0, 1], or None where there are none."""
+    if "source" not in metadata[0]:
+        return None
+    return torch.stack([load_source(row["source"], size) for row in metadata])
+
+
 def to_bytes(images, size):
     """What the policy sees of images (B, 3, H, W): (B, size, size, 3) uint8. Size 0 does not scale them."""
     if size > 0:
@@ -671,20 +688,23 @@ def to_bytes(images, size):
     return rearrange(pixels, "b c h w -> b h w c")
 
 
-def ask_about(policy, questions, pictures):
+def ask_about(policy, questions, pictures, sources=None):
     """Model inputs as from `ask`, with one of the pictures (B, H, W, 3) uint8 before each question.
 
-    pictures None: text alone.
+    sources: further pictures of the same size, which come first. None: there are none.
     """
-    if pictures is None:
+    columns = [column for column in (sources, pictures) if column is not None]
+    if not columns:
         return ask(policy, questions)
-    pixels = policy.processor(images=list(pictures.numpy()), return_tensors="pt")
+    images = torch.stack(columns, dim=1).flatten(0, 1)  # question by question
+    pixels = policy.processor(images=list(images.numpy()), return_tensors="pt")
     patches = int(pixels["image_grid_thw"][0].prod())  # of an image; all are of one size
     num_tokens = patches // policy.processor.merge_size**2
     chats = []
     for question in questions:
-        text = {"type": "text", "text": as_text(policy.tokenizer, question)}
-        turn = {"role": "user", "content": [{"type": "image"}, text]}
+        content = [{"type": "image"}] * len(columns)
+        content.append({"type": "text", "text": as_text(policy.tokenizer, question)})
+        turn = {"role": "user", "content": content}
         chat = policy.tokenizer.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
         chats.append(chat.replace("<|image_pad|>", num_tokens * "<|image_pad|>"))
     inputs = dict(policy.tokenizer(chats, padding=True, return_tensors="pt"))
@@ -792,17 +812,19 @@ def converse(policy, questions, inputs, max_new_tokens, noise):
     return Rewrites(prompts, well_formed, Dialogue(questions, replies, mask, log_probs))
 
 
-def refine(policy, template, originals, current, done, previews, max_new_tokens, noise=None):
+def refine(policy, template, originals, current, done, previews, max_new_tokens, noise=None, sources=None):
     """Rewrites of B prompts in use, after a share `done` of the steps. Without an answer a prompt stays.
 
     template: what is asked, as in --ask. previews: as the pictures of `ask_about`. noise: (B, N), by which
-    the replies are sampled; without it they are greedy.
+    the replies are sampled; without it they are greedy. sources: the images to edit, as the previews.
     """
     start = "No preview yet." if previews is None else f"Preview at {round(10 * done) * 10}%."
+    if sources is not None:
+        start = "The first image is to be edited. " + start
     questions = []
     for original, prompt in zip(originals, current):
         questions.append(fill(f"{start} {template}", prompt=original, current=prompt))
-    inputs = ask_about(policy, questions, previews)
+    inputs = ask_about(policy, questions, previews, sources)
     rewrites = converse(policy, questions, inputs, max_new_tokens, noise)
     prompts = list(current)
     for k, has_answer in enumerate(rewrites.well_formed):
@@ -823,16 +845,19 @@ class Refinement(NamedTuple):
     step: int
     previews: torch.Tensor | None  # (B, H, W, 3) uint8, exactly the pixels that it saw
     rewrites: Rewrites
+    sources: torch.Tensor | None = None  # (B, H, W, 3) uint8, likewise: the images to edit
 
 
 class Refiner:
     """The policy as `sample` calls it to write prompts for a batch; it keeps all Refinements.
 
     feedback: as the flag. image_numbers: numbers of the batch's images in the iteration, from which the noise
-    of the replies is drawn. None: replies are greedy.
+    of the replies is drawn. None: replies are greedy. sources: the images to edit, (B, 3, H, W) in [0, 1].
     """
 
-    def __init__(self, policy, args, originals, num_steps, feedback, image_numbers=None, iteration=0):
+    def __init__(
+        self, policy, args, originals, num_steps, feedback, image_numbers=None, iteration=0, sources=None
+    ):
         self.policy = policy
         self.args = args
         self.originals = originals
@@ -840,18 +865,20 @@ class Refiner:
         self.feedback = feedback
         self.image_numbers = image_numbers
         self.iteration = iteration
+        self.sources = None if sources is None else to_bytes(sources, args.preview_size)
         self.refinements = []
 
     def __call__(self, positions, step, current, look):
         originals = [self.originals[position] for position in positions]
         previews = self.see(look)
+        sources = None if self.sources is None else self.sources[positions]
         noise = self.draw_noise(positions, step)
         args = self.args
         done = step / self.num_steps
         rewrites = refine(
-            self.policy, args.ask, originals, current, done, previews, args.max_new_tokens, noise
+            self.policy, args.ask, originals, current, done, previews, args.max_new_tokens, noise, sources
         )
-        self.refinements.append(Refinement(positions, step, previews, rewrites))
+        self.refinements.append(Refinement(positions, step, previews, rewrites, sources))
         return rewrites.prompts
 
     def see(self, look):
@@ -888,7 +915,8 @@ def sample_plain(model, args, prompts, metadata, numbers):
     """Samples of some rows of a file, by the image model alone. Their noise is the same in every run."""
     noise = draw_noise(numbers, 1, model.latent_shape, seed=0, iteration=0)[:, 0]
     schedules = [set()] * len(numbers)
-    images = sample(model, prompts, noise, schedules, None, args.eval_num_inference_steps)
+    sources = load_sources(metadata, model.size)
+    images = sample(model, prompts, noise, schedules, None, args.eval_num_inference_steps, sources)
     return report.Samples(images, captions=prompts)
 
 
@@ -897,8 +925,9 @@ def sample_refined(model, policy, args, feedback, prompts, metadata, numbers):
     num_steps = args.eval_num_inference_steps
     noise = draw_noise(numbers, 1, model.latent_shape, seed=0, iteration=0)[:, 0]
     schedules = [even_schedule(args.num_refinements, num_steps)] * len(numbers)
-    refiner = Refiner(policy, args, prompts, num_steps, feedback)
-    images = sample(model, prompts, noise, schedules, refiner, num_steps)
+    sources = load_sources(metadata, model.size)
+    refiner = Refiner(policy, args, prompts, num_steps, feedback, sources=sources)
+    images = sample(model, prompts, noise, schedules, refiner, num_steps, sources)
     return report.Samples(images, captions=prompts, films=refiner.films())
 
 
@@ -970,7 +999,7 @@ def token_losses(policy, reference, refinement, advantages, clip_range, has_kl):
     goes to the policy that sampled. advantages: (B,).
     """
     dialogue = refinement.rewrites.dialogue
-    inputs = ask_about(policy, dialogue.questions, refinement.previews)
+    inputs = ask_about(policy, dialogue.questions, refinement.previews, refinement.sources)
     log_probs, entropy = reply_log_probs(policy.lm, inputs, dialogue.replies)
     ref_log_probs = dialogue.log_probs
     if has_kl:
@@ -1064,11 +1093,11 @@ def train(args):
     if args.evaluate:
         args = with_policy_flags(args)
     check_args(args)
-    check_pipeline(args)
     check_lm(args)
     prompt_files = load_prompt_files(args.prompts, args.eval_prompts)
-    device, dtype, rank, world_size = open_device(args.device, args.dtype)
     every_prompt = join_prompt_files(prompt_files.values())
+    check_pipeline(args, every_prompt)
+    device, dtype, rank, world_size = open_device(args.device, args.dtype)
     report.print_folder(run_dir)
     with report.announce(f"loading the rewards {args.rewards}"):
         reward = rewards.build(args.rewards, every_prompt.prompts, every_prompt.metadata, device)
@@ -1128,10 +1157,20 @@ def train(args):
             starts = range(0, images_per_process, args.micro_batch_size)
             for start in tqdm(starts, desc="sample", leave=False, disable=None):
                 images = slice(start, min(start + args.micro_batch_size, images_per_process))
+                sources = load_sources(metadata[images], model.size)
                 refiner = Refiner(
-                    policy, args, originals[images], T, args.feedback, image_numbers[images], iteration
+                    policy,
+                    args,
+                    originals[images],
+                    T,
+                    args.feedback,
+                    image_numbers[images],
+                    iteration,
+                    sources,
                 )
-                pictures = sample(model, originals[images], noise[images], schedules[images], refiner, T)
+                pictures = sample(
+                    model, originals[images], noise[images], schedules[images], refiner, T, sources
+                )
                 clock.stop("sample")
                 score_parts.append(reward.details(pictures, originals[images], metadata[images]))
                 clock.stop("reward")

@@ -89,9 +89,6 @@ from rewards.prompts import join_prompt_files, load_prompt_files
 from rewards.sources import load_source
 from rewards.weights import from_hub, read_config, read_pipeline_configs
 
-REWRITE = "Improve this image prompt: {prompt}. Answer inside <answer> </answer>."
-EDIT = "Improve this edit instruction: {prompt}. Answer inside <answer> </answer>."
-
 
 @dataclasses.dataclass
 class Args:
@@ -125,9 +122,10 @@ class Args:
     """Image model: a diffusers pipeline of SD3, FLUX.1 or FLUX.1-Kontext, as a folder or a hub id."""
     lm: str = "tiny/vlm"
     """Language model that rewrites prompts: a Qwen2.5-VL, as a transformers folder or a hub id."""
-    instruction: str = ""
-    """What the language model is asked. {prompt} stands for the prompt. Empty: REWRITE, above, or EDIT where
-    the prompts have images to edit, which the language model then sees."""
+    instruction: str = "Improve this image prompt: {prompt}. Answer inside <answer> </answer>."
+    """What the language model is asked. {prompt} stands for the prompt."""
+    edit_instruction: str = "Improve this edit instruction: {prompt}. Answer inside <answer> </answer>."
+    """The same where the prompts have images to edit. The language model then sees the image, too."""
     source_size: NonNegativeInt = 0
     """Side of the images to edit as the language model sees them, in pixels. 0: that of --resolution."""
     resolution: NonNegativeInt = 0
@@ -227,8 +225,9 @@ def check_args(args):
         )
     if args.trained == "lm" and args.num_original_prompts == args.num_images_per_prompt:
         raise BadInput("--num-original-prompts must be below --num-images-per-prompt with --trained lm")
-    if args.instruction and "{prompt}" not in args.instruction:
-        raise BadInput("--instruction must have {prompt} in it, where the prompt goes")
+    for name in ("instruction", "edit_instruction"):
+        if "{prompt}" not in getattr(args, name):
+            raise BadInput(f"{command_line.flag(name)} must have {{prompt}} in it, where the prompt goes")
 
 
 # === model ===
@@ -783,6 +782,13 @@ def ask(policy, questions):
     return inputs
 
 
+def load_sources(metadata, size):
+    """The images that the rows ask to edit, (B, 3, size, size) in [0, 1], or None where there are none."""
+    if "source" not in metadata[0]:
+        return None
+    return torch.stack([load_source(row["source"], size) for row in metadata])
+
+
 def to_bytes(images, size):
     """What the policy sees of images (B, 3, H, W): (B, size, size, 3) uint8. Size 0 does not scale them."""
     if size > 0:
@@ -791,27 +797,23 @@ def to_bytes(images, size):
     return rearrange(pixels, "b c h w -> b h w c")
 
 
-def show_sources(metadata, resolution, size):
-    """The images that the rows ask to edit, as the policy sees them: (B, H, W, 3) uint8, None without any."""
-    if "source" not in metadata[0]:
-        return None
-    return to_bytes(torch.stack([load_source(row["source"], resolution) for row in metadata]), size)
-
-
-def ask_about(policy, questions, pictures):
+def ask_about(policy, questions, pictures, sources=None):
     """Model inputs as from `ask`, with one of the pictures (B, H, W, 3) uint8 before each question.
 
-    pictures None: text alone.
+    sources: further pictures of the same size, which come first. None: there are none.
     """
-    if pictures is None:
+    columns = [column for column in (sources, pictures) if column is not None]
+    if not columns:
         return ask(policy, questions)
-    pixels = policy.processor(images=list(pictures.numpy()), return_tensors="pt")
+    images = torch.stack(columns, dim=1).flatten(0, 1)  # question by question
+    pixels = policy.processor(images=list(images.numpy()), return_tensors="pt")
     patches = int(pixels["image_grid_thw"][0].prod())  # of an image; all are of one size
     num_tokens = patches // policy.processor.merge_size**2
     chats = []
     for question in questions:
-        text = {"type": "text", "text": as_text(policy.tokenizer, question)}
-        turn = {"role": "user", "content": [{"type": "image"}, text]}
+        content = [{"type": "image"}] * len(columns)
+        content.append({"type": "text", "text": as_text(policy.tokenizer, question)})
+        turn = {"role": "user", "content": content}
         chat = policy.tokenizer.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
         chats.append(chat.replace("<|image_pad|>", num_tokens * "<|image_pad|>"))
     inputs = dict(policy.tokenizer(chats, padding=True, return_tensors="pt"))
@@ -1159,7 +1161,7 @@ def train(args):
         reward = rewards.build(args.rewards, every_prompt.prompts, every_prompt.metadata, device)
     train_file = prompt_files.pop("train")
     has_sources = "source" in every_prompt.metadata[0]
-    instruction = args.instruction or (EDIT if has_sources else REWRITE)
+    instruction = args.edit_instruction if has_sources else args.instruction
 
     torch.manual_seed(args.seed)  # for the initial weights of the LoRAs
     policy = None
@@ -1223,10 +1225,14 @@ def train(args):
         x_0, _ = rollout(velocity_for(prompts, metadata), noise, eval_sigmas, (), 0.0, "flow")
         return report.Samples(decode(pipe, x_0), captions=prompts)
 
+    def show_sources(metadata):
+        """What the language model sees of the rows' images to edit: (B, H, W, 3) uint8, or None."""
+        sources = load_sources(metadata, resolution)
+        return None if sources is None else to_bytes(sources, args.source_size)
+
     def rewrite_rows(prompts, metadata, noise=None):
         """Rewrites for a batch of these rows."""
-        pictures = show_sources(metadata, resolution, args.source_size)
-        return rewrite(policy, instruction, prompts, pictures, args.max_new_tokens, noise)
+        return rewrite(policy, instruction, prompts, show_sources(metadata), args.max_new_tokens, noise)
 
     sample_enhanced = functools.partial(sample_rewritten, rewrite_rows, sample_for_evaluation)
 
@@ -1319,9 +1325,7 @@ def train(args):
             if args.trained != "flow":
                 for images, batch in zip(lm_batches, rewrites):
                     A = advantages[images]
-                    pictures = show_sources(
-                        [metadata[image] for image in images], resolution, args.source_size
-                    )
+                    pictures = show_sources([metadata[image] for image in images])
                     losses = reply_losses(policy, lm_reference, batch.dialogue, pictures, A, has_lm_kl)
                     loss = losses["lm_policy_loss"] + args.lm_kl_coef * losses["lm_kl"]
                     (loss.sum() / num_replies).backward()

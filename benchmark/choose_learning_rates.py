@@ -6,9 +6,9 @@ Every file gets the same budget: five learning rates, two seeds, 16 iterations, 
 prompts of fold 0 with two noises per prompt. Neither the seeds nor the prompts are those of reported numbers.
 The records are in benchmark/results/trials/<file>/. A file may have up to six free runs beside them, such as
 
-    python -m benchmark.run_seeds trials/flow_grpo/window_4 flow_grpo.py --seeds 11 -- <flags> --sde-window 4
+    python -m benchmark.run_seeds trials/flow_grpo/window_4 flow_grpo.py --seeds 11 -- --sde-window 4
 
-where <flags> are those that `python -m benchmark.choose_learning_rates flow_grpo --show` prints.
+with the flags that --show prints.
 """
 
 import argparse

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config,
 
 import fdfo
 import flow_grpo
+import promptloop
 import promptrl
 import superflow
 from flow_grpo import Args, Conditions, train
@@ -268,7 +269,7 @@ def test_the_rewriter_sees_the_image_that_it_is_asked_about(models, flags, tmp_p
     for split in ("train", "eval"):
         for k, color in enumerate(("red", "blue")):
             source = load_source(tmp_path / f"my_edits_{split}_{k}.png", 64)
-            question = promptrl.fill(promptrl.EDIT, prompt=f"make it {color}")
+            question = promptrl.fill(promptrl.Args().edit_instruction, prompt=f"make it {color}")
             pictures[split, question] = promptrl.to_bytes(source.unsqueeze(0), 32)[0]
     splits = []
     for (_, questions, shown), _ in asked:
@@ -280,13 +281,65 @@ def test_the_rewriter_sees_the_image_that_it_is_asked_about(models, flags, tmp_p
     assert splits == ["eval", "train", "train", "eval"]
 
 
+def test_promptloop_edits_and_sees_source_and_preview(models, flags, tmp_path, spy):
+    """The source comes first, beside the preview or alone, and the same pixels are in the loss."""
+    asked = spy(promptloop, "ask_about")
+    sampled = spy(promptloop, "sample")
+    flags |= {"model": models["kontext"], "prompts": edit_files(tmp_path), "num_iterations": 1}
+    flags |= {"num_inference_steps": 3, "num_refinements": 2, "preview_size": 28, "micro_batch_size": 8}
+    run_dir = promptloop.train(promptloop.Args(**flags))
+    (row,) = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][1:]
+    assert 0 <= row["losses/lm_ratio_first"] < 1e-5 and row["losses/lm_grad_norm"] > 0
+    sources = {}
+    for split in ("train", "eval"):
+        for k, color in enumerate(("red", "blue")):
+            source = load_source(tmp_path / f"my_edits_{split}_{k}.png", 64)
+            sources[split, color] = source, promptloop.to_bytes(source.unsqueeze(0), 28)[0]
+    with_preview = 0
+    for (_, questions, previews, shown), inputs in asked:
+        images_per_question = 1 if previews is None else 2
+        assert len(inputs["image_grid_thw"]) == images_per_question * len(questions)
+        with_preview += previews is not None
+        for question, image in zip(questions, shown):
+            color = "red" if "red" in question else "blue"
+            assert question.startswith("The first image is to be edited. ")
+            assert any((image == sources[split, color][1]).all() for split in ("train", "eval"))
+    assert 0 < with_preview < len(asked)
+    for (_, prompts, *_, images), _ in sampled:  # the image model edits the same sources
+        for prompt, image in zip(prompts, images):
+            color = "red" if "red" in prompt else "blue"
+            assert any((image == sources[split, color][0]).all() for split in ("train", "eval"))
+
+
+def test_two_pictures_of_a_question_come_in_their_order():
+    """The policy's own order: all sources of a batch would come before all previews in a flat list."""
+    args = promptloop.Args()
+    lm, tokenizer, _ = promptloop.load_lm(args, torch.device("cpu"), torch.float32, False)
+    processor = promptloop.Qwen2VLImageProcessorPil.from_pretrained(args.lm)
+    policy = promptloop.Policy(lm, tokenizer, processor)
+    pictures = torch.randint(0, 256, (4, 64, 64, 3), generator=torch.manual_seed(0), dtype=torch.uint8)
+    inputs = promptloop.ask_about(policy, ["a", "b"], pictures[:2], pictures[2:])
+    expected = processor(images=[pictures[k].numpy() for k in (2, 0, 3, 1)], return_tensors="pt")
+    assert (inputs["pixel_values"] == expected["pixel_values"]).all()
+    image_tokens = (inputs["input_ids"] == lm.config.image_token_id).sum(dim=1)
+    assert image_tokens.tolist() == [32, 32]
+
+
+@pytest.mark.parametrize("model", ["tiny/sd3", "dev"])
+def test_promptloop_edits_with_kontext_only(models, flags, tmp_path, model):
+    flags |= {"model": models.get(model, model), "prompts": edit_files(tmp_path)}
+    flags |= {"max_sequence_length": 0, "num_refinements": 2}
+    with pytest.raises(flow_grpo.BadInput, match="cannot edit"):
+        promptloop.train(promptloop.Args(**flags))
+
+
 def test_the_rewriter_reads_the_picture():
     """Another picture gives other probabilities, and a text beside a picture others than alone."""
     args = promptrl.Args()
     lm, tokenizer, _ = promptrl.load_lm(args, torch.device("cpu"), torch.float32, False)
     processor = promptrl.Qwen2VLImageProcessorPil.from_pretrained(args.lm)
     policy = promptrl.Policy(lm, tokenizer, processor)
-    questions = [promptrl.fill(promptrl.EDIT, prompt="make the red circle blue")] * 2
+    questions = [promptrl.fill(promptrl.Args().edit_instruction, prompt="make the red circle blue")] * 2
     pictures = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
     pictures[1, 20:40, 20:40] = 255
     replies = torch.tensor([tokenizer("make the circle blue").input_ids] * 2)

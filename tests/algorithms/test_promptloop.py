@@ -68,6 +68,7 @@ from promptloop import (
     train,
 )
 from rewards import BadInput, report
+from rewards.prompts import PromptFile
 from small_runs import Brightness, metrics, saved
 from tiny import image_model, language_model, vlm_world
 
@@ -76,6 +77,9 @@ WORDS = "red green circle square top left".split()
 SAVE_FILMS = report.log.save_films  # before `without_pictures` replaces it
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
+
+
+NO_SOURCES = PromptFile([""], [{}])
 
 
 @pytest.fixture
@@ -387,11 +391,11 @@ def test_the_schedulers_step_is_its_own_again_after_an_error(open_bench, error):
 
 def test_a_model_that_predicts_something_else_is_refused(families, tmp_path):
     pipe = StableDiffusionXLPipeline.from_pretrained(families["sdxl"]["model"])
-    check_pipeline(Args(model=families["sdxl"]["model"]))
+    check_pipeline(Args(model=families["sdxl"]["model"]), NO_SOURCES)
     pipe.scheduler.register_to_config(prediction_type="v_prediction")
     pipe.save_pretrained(tmp_path)
     with pytest.raises(BadInput, match="predicts neither noise nor the velocity"):
-        check_pipeline(Args(model=str(tmp_path)))
+        check_pipeline(Args(model=str(tmp_path)), NO_SOURCES)
 
 
 @EVERY_FAMILY
@@ -503,14 +507,14 @@ def test_the_resolution_can_be_chosen(families):
 def test_a_resolution_that_the_model_cannot_draw_is_refused(families, family, wrong, multiple):
     flags = families[family] | {"resolution": wrong}
     with pytest.raises(BadInput, match=f"--resolution {wrong} must be a multiple of {multiple}"):
-        check_pipeline(Args(**flags))
-    check_pipeline(Args(**flags | {"resolution": 3 * multiple}))
+        check_pipeline(Args(**flags), NO_SOURCES)
+    check_pipeline(Args(**flags | {"resolution": 3 * multiple}), NO_SOURCES)
 
 
 def test_a_t5_length_without_t5_is_refused(families):
     with pytest.raises(BadInput, match="--max-sequence-length must be 0"):
-        check_pipeline(Args(**families["sd3"] | {"max_sequence_length": 10}))
-    check_pipeline(Args(**families["flux"]))
+        check_pipeline(Args(**families["sd3"] | {"max_sequence_length": 10}), NO_SOURCES)
+    check_pipeline(Args(**families["flux"]), NO_SOURCES)
 
 
 @pytest.fixture
@@ -1049,7 +1053,8 @@ def test_an_iteration_from_inside(small, spy, simple, no_evaluation, monkeypatch
     current = list(originals)
     numbers, lengths = [], 0
     for (rows, step), (call, (texts, formed, dialogue)) in zip(expected, refinements):
-        _, _, given, given_current, done, previews, _, noise = call
+        _, _, given, given_current, done, previews, _, noise, sources = call
+        assert sources is None
         assert given == [originals[j] for j in rows] and given_current == [current[j] for j in rows]
         assert done == step / 4
         assert (previews is None) == (step == 0)

@@ -22,7 +22,6 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 import promptrl
 import rewards
 from promptrl import (
-    REWRITE,
     Args,
     Dialogue,
     Policy,
@@ -243,7 +242,7 @@ def loaded(lm_folder):
 
 
 def questions_about(prompts):
-    return [fill(REWRITE, prompt=prompt) for prompt in prompts]
+    return [fill(Args().instruction, prompt=prompt) for prompt in prompts]
 
 
 def test_the_question_is_a_chat_padded_on_the_left(loaded):
@@ -258,7 +257,7 @@ def test_the_question_is_a_chat_padded_on_the_left(loaded):
 
 
 def test_the_default_instruction_is_the_one_that_tiny_vlm_was_taught():
-    assert promptrl.REWRITE == vlm_world.REWRITE and promptrl.EDIT == vlm_world.EDIT
+    assert Args().instruction == vlm_world.REWRITE and Args().edit_instruction == vlm_world.EDIT
 
 
 @pytest.mark.parametrize("greedy", [True, False])
@@ -320,7 +319,7 @@ def test_image_tokens_are_never_sampled(loaded):
 
 def test_a_row_is_sampled_the_same_whatever_is_beside_it(loaded):
     policy, _, _ = loaded()
-    template, prompts = REWRITE, ["a red circle", 'the text "K7"', "a blue square left of a cross"]
+    template, prompts = Args().instruction, ["a red circle", 'the text "K7"', "a blue square left of a cross"]
     noise = torch.randn(3, 6, generator=torch.Generator().manual_seed(3))
     together = rewrite(policy, template, prompts, None, 6, noise).prompts
     alone = [
@@ -803,6 +802,8 @@ def test_the_switches_on_the_command_line():
         (dict(num_original_prompts=-1), "--num-original-prompts must be at least 0"),
         (dict(num_original_prompts=4, trained="lm"), "--num-original-prompts must be below .* --trained lm"),
         (dict(instruction="Rewrite it."), "--instruction must have {prompt} in it"),
+        (dict(instruction=""), "--instruction"),
+        (dict(edit_instruction="Edit it."), "--edit-instruction must have {prompt} in it"),
         (dict(instruction="Improve { prompt }, {Prompt}"), "--instruction"),
         (dict(max_new_tokens=0), "--max-new-tokens must be at least 1"),
         (dict(max_new_tokens=512), "--max-new-tokens 512 must be below 512"),
