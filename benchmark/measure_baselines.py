@@ -55,12 +55,13 @@ class Scorer:
         self.latent_shape = (self.pipe.transformer.config.in_channels, side, side)
 
     @torch.no_grad()
-    def scores(self, prompts, guidance_scale, noise_seed):
-        """(reward (rows,), strict (rows,)). A row has the noise that the algorithms evaluate it with."""
+    def scores(self, prompts, guidance_scale, noise_number):
+        """(reward (rows,), strict (rows,)). The noises 0, 1, ... of a row are those of --eval-noises."""
         parts = []
         for first in range(0, len(prompts), BATCH_SIZE):
             rows = range(first, min(first + BATCH_SIZE, len(prompts)))
-            noise = draw_noise(rows, 1, self.latent_shape, seed=noise_seed, iteration=0)
+            numbers = [noise_number * len(prompts) + row for row in rows]
+            noise = draw_noise(numbers, 1, self.latent_shape, seed=0, iteration=0)
             images = self.pipe(
                 [prompts[row] for row in rows],
                 latents=noise[:, 0],
@@ -78,7 +79,7 @@ class Scorer:
 
     def strict(self, prompts, guidance_scale, num_noises):
         """The strict scores of several noises: (noises, rows)."""
-        scores = [self.scores(prompts, guidance_scale, seed)[1] for seed in range(num_noises)]
+        scores = [self.scores(prompts, guidance_scale, number)[1] for number in range(num_noises)]
         return torch.stack(scores)
 
 
@@ -115,7 +116,7 @@ def measure(model, fold, split, num_noises):
     scorer = Scorer(model, file)
     settings = {}
 
-    many = [scorer.scores(file.prompts, 1.0, seed) for seed in range(NUM_BASE_NOISES)]
+    many = [scorer.scores(file.prompts, 1.0, number) for number in range(NUM_BASE_NOISES)]
     rewards_of_images = torch.stack([reward for reward, _ in many])
     strict = torch.stack([exact for _, exact in many])
     settings["base"] = strict

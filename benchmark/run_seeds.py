@@ -6,6 +6,12 @@ For example, `python -m benchmark.run_seeds flow_grpo/default flow_grpo.py --see
 benchmark/results/flow_grpo/default/seed-1.json and so on: the command, commit, date, machine, seconds, and
 the rows of metrics.jsonl. The runs themselves are in runs/benchmark/.
 
+In the flags, {fold} stands for a fold of the tiny world: seed 1 has fold 0, seed 2 has fold 1, and so on. So
+an average over seeds is an average over prompts, too:
+
+    python -m benchmark.run_seeds flow_grpo/default flow_grpo.py -- --prompts \\
+        tiny/prompts/fold_{fold}/train.jsonl --eval-prompts tiny/prompts/fold_{fold}/test.jsonl
+
 A seed that has a record is not run again, so an interrupted command can be given once more. In a clone of
 this repository the records of docs/ exist. To reproduce them, add --results runs/records.
 """
@@ -19,11 +25,18 @@ import time
 from pathlib import Path
 
 from benchmark.records import RESULTS, ROOT, RUNS, circumstances, missing_seeds, record_path, write_record
+from tiny import splits
+
+
+def fold_of(seed):
+    """The fold of the tiny world that a seed has."""
+    return (seed - 1) % splits.FOLDS
 
 
 def start(setting, seed, script, flags, threads):
     """Starts a run in the background: (process, the record that its results will join)."""
     output_dir = RUNS / setting / f"seed-{seed}-{int(time.time())}"
+    flags = [flag.replace("{fold}", str(fold_of(seed))) for flag in flags]
     command = [script] + flags + ["--seed", str(seed)]
     record = {"name": setting, "seed": seed, "command": " ".join(["python"] + command)}
     record |= circumstances(f"{threads} threads a run")

@@ -29,9 +29,21 @@ SCORES = {  # the strict score of the way of sampling that a file trains
 }
 
 
-def read_baselines(model, split):
-    """The record of measure_baselines on fold 0."""
-    return json.loads((RESULTS / "baselines" / model / f"fold-0-{split}.json").read_text())
+def read_baselines(model, split, fold=0):
+    """The record of measure_baselines on a fold."""
+    return json.loads((RESULTS / "baselines" / model / f"fold-{fold}-{split}.json").read_text())
+
+
+def fold_of_run(record):
+    """The fold whose prompts a run was evaluated on."""
+    found = re.search(r"fold_(\d)/test", record["command"])
+    return int(found[1]) if found else 0
+
+
+def best_guidance(settings):
+    """The best strict score that the base model has at any guidance scale."""
+    names = [name for name in settings if name == "base" or name.startswith("guidance ")]
+    return max(settings[name]["strict"] for name in names)
 
 
 def baseline_rows(record):
@@ -74,35 +86,79 @@ def evaluated(record, score):
 
 
 def run_rows(runs):
-    """Cells of each algorithm: seeds, strict score before and after, change per seed, images and minutes."""
+    """Cells of each run: what its fold's baselines are, what it reached, and what it took."""
     rows = []
     for algorithm, records in runs.items():
         score = SCORES.get(algorithm, "eval/geneval_strict")
-        pairs = np.array([evaluated(record, score) for record in records])
-        changes = pairs[:, 1] - pairs[:, 0]
-        images = records[0]["metrics"][-1]["charts/num_images"]
-        minutes = np.median([record["seconds"] for record in records]) / 60
-        rows.append(
-            [
-                ALGORITHMS[algorithm],
-                str(len(records)),
-                f"{pairs[:, 0].mean():.3f}",
-                f"{pairs[:, 1].mean():.3f}",
-                ", ".join(f"{change:+.3f}" for change in changes),
-                f"{images:,}",
-                f"{minutes:.1f}",
-            ]
-        )
+        for record in records:
+            fold = fold_of_run(record)
+            settings = read_baselines("sd3", "test", fold)["settings"]
+            _, after = evaluated(record, score)
+            best = best_guidance(settings)
+            rows.append(
+                [
+                    ALGORITHMS[algorithm],
+                    str(record["seed"]),
+                    str(fold),
+                    f"{settings['base']['strict']:.3f}",
+                    f"{best:.3f}",
+                    f"{settings['scripted']['strict']:.3f}",
+                    f"{after:.3f}",
+                    f"{after - best:+.3f}",
+                    f"{record['metrics'][-1]['charts/num_images']:,}",
+                    f"{record['seconds'] / 60:.1f}",
+                ]
+            )
     return rows
 
 
 def runs_table():
     """A table of the default runs, with their sources."""
     runs = read_default_runs()
-    head = ["default run", "seeds", "strict, before", "after", "change of each seed", "images", "minutes"]
+    head = ["default run", "seed", "fold", "base", "base at its best guidance", "scripted"]
+    head += ["after training", "above the best guidance", "images", "minutes"]
     lines = table(head, run_rows(runs)) + [""]
     lines += ["- " + source_of(record) for records in runs.values() for record in records]
     return lines
+
+
+def read_trials():
+    """{algorithm: {setting: its records}} of the runs that settings were chosen from."""
+    trials = {}
+    for algorithm in ALGORITHMS:
+        paths = sorted((RESULTS / "trials" / algorithm).glob("*/seed-*.json"))
+        for path in paths:
+            own = trials.setdefault(algorithm, {})
+            own.setdefault(path.parent.name, []).append(json.loads(path.read_text()))
+    return trials
+
+
+def own_flags(command):
+    """The flags of a trial's command that not all trials share."""
+    shared = (
+        "--num-iterations 16|--save-every 16|--eval-every 16|--eval-noises 2|--eval-prompts \\S+|--seed \\d+"
+    )
+    return " ".join(re.sub(shared, "", command).split()[2:])
+
+
+def trials_table():
+    """A table of all trials: flags, seeds, and the strict score on the dev prompts, before and after."""
+    rows = []
+    for algorithm, settings in read_trials().items():
+        score = SCORES.get(algorithm, "eval/geneval_strict")
+        own = []
+        for records in settings.values():
+            before, after = np.array([evaluated(record, score) for record in records]).T
+            seeds = ", ".join(str(record["seed"]) for record in records)
+            per_seed = ", ".join(f"{value:.3f}" for value in after)
+            flags = own_flags(records[0]["command"])
+            own.append(
+                [ALGORITHMS[algorithm], f"`{flags}`", seeds, f"{before.mean():.3f}", per_seed, after.mean()]
+            )
+        own.sort(key=lambda row: row[-1])
+        rows += [[*row[:-1], f"{row[-1]:.3f}"] for row in own]
+    head = ["file", "flags", "seeds", "dev, before", "after, of each seed", "mean"]
+    return table(head, rows)
 
 
 def short_table():
@@ -130,6 +186,7 @@ def write_tables():
         "baselines": baselines_table("sd3", "test"),
         "baselines on dev": baselines_table("sd3", "dev"),
         "default runs": runs_table(),
+        "trials": trials_table(),
     }
     for name in DOCUMENTS:
         path = ROOT / name

@@ -69,3 +69,15 @@ def test_the_documented_command_does_not_do_nothing_silently(capsys):
 def test_flags_of_the_file_stand_after_two_dashes():
     args, flags = run_seeds.parse(["a/b", "x.py", "--seeds", "1", "2", "--", "--seeds", "3"])
     assert args.seeds == [1, 2] and flags == ["--seeds", "3"] and args.results == RESULTS
+
+
+def test_every_seed_has_a_fold_of_its_own(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(run_seeds, "circumstances", lambda threads: {})
+    monkeypatch.setattr(run_seeds.subprocess, "Popen", lambda words, **_: commands.append(words))
+    for seed in (1, 2, 4, 5):
+        _, record = run_seeds.start("s", seed, "a.py", ["--prompts", "fold_{fold}/train.jsonl", "-x"], 1)
+        assert (
+            record["command"] == f"python a.py --prompts fold_{(seed - 1) % 4}/train.jsonl -x --seed {seed}"
+        )
+    assert [words[3] for words in commands] == [f"fold_{fold}/train.jsonl" for fold in (0, 1, 3, 0)]

@@ -1,0 +1,72 @@
+"""The tables of the second edition, from records made up here."""
+
+import json
+
+import pytest
+
+from benchmark import write_tables
+
+
+def baselines(base, guidance_2, scripted):
+    settings = {"base": base, "guidance 2": guidance_2, "scripted": scripted, "best of 4": 0.9}
+    return {"settings": {name: {"strict": strict} for name, strict in settings.items()}}
+
+
+def run(algorithm, seed, command, score, values):
+    metrics = [{score: value, "charts/num_images": 1000 * k} for k, value in enumerate(values)]
+    return {"seed": seed, "command": command, "seconds": 90, "metrics": metrics}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(write_tables, "RESULTS", tmp_path)
+    folder = tmp_path / "baselines" / "sd3"
+    folder.mkdir(parents=True)
+    (folder / "fold-0-test.json").write_text(json.dumps(baselines(0.5, 0.4, 0.8)))
+    (folder / "fold-1-test.json").write_text(json.dumps(baselines(0.5, 0.6, 0.7)))
+    flow = "python flow_grpo.py --eval-prompts tiny/prompts/fold_{}/test.jsonl"
+    records = {
+        "flow_grpo/default/seed-1.json": run(
+            "flow_grpo", 1, flow.format(0), "eval/geneval_strict", (0.5, 0.7)
+        ),
+        "flow_grpo/default/seed-2.json": run(
+            "flow_grpo", 2, flow.format(1), "eval/geneval_strict", (0.5, 0.65)
+        ),
+        "promptrl/default/seed-1.json": run(
+            "promptrl", 1, flow.format(0), "eval/geneval_strict_enhanced", (0.4, None, 0.9)
+        ),
+    }
+    for name, record in records.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(record))
+    return tmp_path
+
+
+def test_each_run_stands_beside_the_baselines_of_its_own_fold(results):
+    rows = write_tables.run_rows(write_tables.read_default_runs())
+    assert rows == [
+        ["Flow-GRPO", "1", "0", "0.500", "0.500", "0.800", "0.700", "+0.200", "1,000", "1.5"],
+        ["Flow-GRPO", "2", "1", "0.500", "0.600", "0.700", "0.650", "+0.050", "1,000", "1.5"],
+        ["PromptRL", "1", "0", "0.500", "0.500", "0.800", "0.900", "+0.400", "2,000", "1.5"],
+    ]
+
+
+def test_what_stands_between_the_marks_is_made_anew_and_nothing_else():
+    text = "before\n<!-- a -->\nold\n<!-- end -->\nbetween\n<!-- b -->\nkept\n<!-- end -->\n"
+    expected = text.replace("old", "new\nlines")
+    assert write_tables.fill(text, "a", ["new", "lines"]) == expected
+    assert write_tables.fill(text, "c", ["new"]) == text
+
+
+def test_trials_are_sorted_by_their_score_and_say_what_they_changed(results):
+    command = "python flow_grpo.py --num-iterations 16 --eval-prompts x.jsonl --learning-rate {} --seed {}"
+    for rate, seed, after in (("1e-3", 11, 0.6), ("1e-3", 12, 0.7), ("1e-4", 11, 0.5)):
+        path = results / "trials" / "flow_grpo" / rate / f"seed-{seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = run("flow_grpo", seed, command.format(rate, seed), "eval/geneval_strict", (0.4, after))
+        path.write_text(json.dumps(record))
+    lines = write_tables.trials_table()
+    assert lines[2:] == [
+        "| Flow-GRPO | `--learning-rate 1e-4` | 11 | 0.400 | 0.500 | 0.500 |",
+        "| Flow-GRPO | `--learning-rate 1e-3` | 11, 12 | 0.400 | 0.600, 0.700 | 0.650 |",
+    ]
