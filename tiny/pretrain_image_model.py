@@ -35,7 +35,7 @@ from tiny.pretraining import fit, parse_options
 
 HERE = Path(__file__).parent
 VAE_STEPS = 3000
-FLOW_STEPS = {"sd3": 8000, "sd3b": 14000}
+FLOW_STEPS = {"sd3": 14000, "sd3b": 7000}
 DISTILL_STEPS = 1500
 DISTILLED_GUIDANCE = 3.0  # the scale that the teacher draws best at, on the dev prompts
 

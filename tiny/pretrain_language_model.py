@@ -1,6 +1,6 @@
 """Pretrains the tiny world's language model from scratch, supervised only: no reward is ever seen here.
 
-    python -m tiny.pretrain_language_model train   35 minutes of one CPU core; needs no other model
+    python -m tiny.pretrain_language_model train   90 minutes of one CPU core; needs no other model
     python -m tiny.pretrain_language_model eval    scores what it learnt, with samples (--folder)
 
 Training is deterministic from --seed on one machine and shows its progress. It writes a checkpoint to --work

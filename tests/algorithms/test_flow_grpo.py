@@ -50,6 +50,7 @@ from flow_grpo import (
 )
 from rewards import BadInput
 from rewards.prompts import PromptFile
+from rewards.tiny_world.shapes import PALETTE
 
 F64 = torch.float64
 TYPES = ["flow", "cps"]
@@ -895,15 +896,26 @@ def test_the_trained_parameters_are_those_with_gradient(lora):
 
 
 def test_a_prompts_embeddings_do_not_depend_on_what_is_cached():
-    # else a resumed run, whose cache starts empty, would round differently
+    """Else a resumed run, whose cache starts empty, would round differently. Batches have 16 prompts."""
     pipe, _, _ = load_model(Args(), torch.device("cpu"), torch.float32)
-    prompts = ["a red circle", "two crosses", "a circle left of a square"]
-    together, alone = (
-        encode_prompts(pipe, prompts, 0, {}),
-        [encode_prompts(pipe, [p], 0, {}) for p in prompts],
-    )
+    prompts = [f"a {color} {shape}" for color in PALETTE for shape in ("circle", "cross", "hourglass")]
+    expected = encode_prompts(pipe, prompts, 0, {})
+    assert expected[0].flatten(1).unique(dim=0).shape[0] == len(prompts) == 24
+    backwards = encode_prompts(pipe, prompts[::-1], 0, {})
+    cache = {}
+    by_threes = [encode_prompts(pipe, prompts[first : first + 3], 0, cache) for first in range(0, 24, 3)]
     for part in (0, 1):
-        assert torch.equal(together[part], torch.cat([one[part] for one in alone]))
+        assert torch.equal(expected[part], backwards[part].flip(0))
+        assert torch.equal(expected[part], torch.cat([three[part] for three in by_threes]))
+
+
+def test_no_cached_prompt_keeps_its_whole_batch_in_memory():
+    pipe, _, _ = load_model(Args(), torch.device("cpu"), torch.float32)
+    cache = {}
+    encode_prompts(pipe, ["a circle", "a cross"], 0, cache)
+    for embeds, pooled in cache.values():
+        assert embeds.untyped_storage().nbytes() == embeds.nbytes
+        assert pooled.untyped_storage().nbytes() == pooled.nbytes
 
 
 @pytest.mark.parametrize("module", [flow_grpo, superflow, fdfo, promptrl], ids=lambda module: module.__name__)

@@ -102,7 +102,9 @@ def families(tmp_path_factory):
     size = dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
     kinds = dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
     vaes = [
-        AutoencoderKL(**size, **kinds, latent_channels=4, scaling_factor=factor, shift_factor=shift)
+        AutoencoderKL(
+            **size, **kinds, latent_channels=4, sample_size=16, scaling_factor=factor, shift_factor=shift
+        )
         for factor, shift in ((0.4, 0.1), (0.13, None))
     ]
     flux = FluxPipeline(
@@ -461,15 +463,15 @@ def test_a_prompt_is_encoded_once(open_bench):
     hook = bench.pipe.text_encoder.register_forward_hook(lambda *call: encoded.append(len(call[1][0])))
     cache, texts = {}, ["a red circle", "a green square", "a red circle"]
     found = embed(bench.pipe, texts, 0, cache)
-    assert encoded == [1, 1]
+    assert encoded == [16]
     assert torch.equal(found["prompt_embeds"][0], found["prompt_embeds"][2])
     assert not torch.equal(found["prompt_embeds"][0], found["prompt_embeds"][1])
     embed(bench.pipe, texts[::-1], 0, cache)
-    assert encoded == [1, 1]
+    assert encoded == [16]
     encoded.clear()
     bench.sample([{0, 1, 2, 3}] * 3, unchanged)
     hook.remove()
-    assert encoded == [1, 1, 1]
+    assert encoded == [16]
 
 
 @pytest.mark.parametrize("family, shape", [("sd3", (8, 8, 8)), ("flux", (16, 16)), ("sdxl", (4, 8, 8))])
@@ -754,7 +756,7 @@ def test_log_probabilities_of_replies_to_images_are_recomputed(policy, changes, 
     seen = refinement(loaded, noisy_pictures(3))
     blind = refinement(loaded, None, done=0.0)
     for made in (seen, blind, seen):  # a text after an image, and the other way round
-        _, _, previews, (_, _, (questions, replies, mask, log_probs)) = made
+        _, _, previews, (_, _, (questions, replies, mask, log_probs)), _ = made
         recomputed, _ = reply_log_probs(loaded.lm, ask_about(loaded, questions, previews), replies)
         assert (recomputed - log_probs)[mask].abs().max() < 1e-4
         losses = token_losses(loaded, reference, made, torch.ones(3), 0.2, has_kl)
