@@ -94,7 +94,7 @@ class Args:
     """Run folder to resume from; all other flags are then read from that run."""
     resume_anyway: bool = False
     """Resume even if the script, the prompt files or the model have changed since the run began."""
-    eval_every: PositiveInt = 32
+    eval_every: PositiveInt = 12
     """Iterations between evaluations. Paraphrases are evaluated before and after the training only."""
     eval_noises: PositiveInt = 1
     """Images drawn for each held-out prompt, from as many noises, which are the same in every run."""
@@ -161,7 +161,7 @@ class Args:
     trained step."""
 
     # Optimisation
-    num_iterations: NonNegativeInt = 96
+    num_iterations: NonNegativeInt = 64
     """Iterations, each with one rollout."""
     num_updates_per_iteration: PositiveInt = 1
     """U, optimiser steps per rollout. Each uses a different 1/U of all (image, step) tuples."""

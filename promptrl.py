@@ -104,7 +104,7 @@ class Args:
     """Run folder to resume from; all other flags are then read from that run."""
     resume_anyway: bool = False
     """Resume even if the script, the prompt files or the model have changed since the run began."""
-    eval_every: PositiveInt = 5
+    eval_every: PositiveInt = 4
     """Iterations between evaluations. Paraphrases are evaluated before and after the training only."""
     eval_noises: PositiveInt = 1
     """Images drawn for each held-out prompt, from as many noises, which are the same in every run."""
