@@ -37,7 +37,9 @@ def read_baselines(model, split, fold=0):
 def fold_of_run(record):
     """The fold whose prompts a run was evaluated on."""
     found = re.search(r"fold_(\d)/test", record["command"])
-    return int(found[1]) if found else 0
+    if not found:
+        raise SystemExit(f"not evaluated on the test prompts of a fold: {record['command']}")
+    return int(found[1])
 
 
 def best_guidance(settings):

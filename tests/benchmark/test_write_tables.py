@@ -70,3 +70,8 @@ def test_trials_are_sorted_by_their_score_and_say_what_they_changed(results):
         "| Flow-GRPO | `--learning-rate 1e-4` | 11 | 0.400 | 0.500 | 0.500 |",
         "| Flow-GRPO | `--learning-rate 1e-3` | 11, 12 | 0.400 | 0.600, 0.700 | 0.650 |",
     ]
+
+
+def test_a_run_that_was_not_evaluated_on_test_prompts_is_in_no_table():
+    with pytest.raises(SystemExit, match="not evaluated on the test prompts of a fold: python flow_grpo.py"):
+        write_tables.fold_of_run({"command": "python flow_grpo.py --seed 1"})
