@@ -87,7 +87,7 @@ from rewards.weights import from_hub, read_config, read_pipeline_configs
 @dataclasses.dataclass
 class Args:
     seed: Seed = 1
-    """Seeds the prompt order and all noise. CPU runs are bit-for-bit reproducible."""
+    """Seeds the prompt order and all noise of training. CPU runs are bit-for-bit reproducible."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: on CUDA if there is a CUDA device."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -104,7 +104,9 @@ class Args:
     eval_every: PositiveInt = 12
     """Iterations between evaluations. Paraphrases are evaluated before and after the training only."""
     eval_noises: PositiveInt = 1
-    """Images drawn for each held-out prompt, from as many noises, which are the same in every run."""
+    """Images drawn for each held-out prompt, from as many noises."""
+    eval_seed: Seed = 0
+    """Seeds these noises: runs with the same number draw their held-out images from the same noises."""
     save_every: PositiveInt = 12
     """Iterations between checkpoints."""
     track: bool = False
@@ -921,8 +923,8 @@ class Refiner:
 
 
 def sample_plain(model, args, prompts, metadata, numbers):
-    """Samples of some rows of a file, by the image model alone. Their noise is the same in every run."""
-    noise = draw_noise(numbers, 1, model.latent_shape, seed=0, iteration=0)[:, 0]
+    """Samples of some rows of a file, by the image model alone. Their noise does not change in a run."""
+    noise = draw_noise(numbers, 1, model.latent_shape, args.eval_seed, iteration=0)[:, 0]
     schedules = [set()] * len(numbers)
     sources = load_sources(metadata, model.size)
     images = sample(model, prompts, noise, schedules, None, args.eval_num_inference_steps, sources)
@@ -932,7 +934,7 @@ def sample_plain(model, args, prompts, metadata, numbers):
 def sample_refined(model, policy, args, feedback, prompts, metadata, numbers):
     """Samples of some rows of a file, their prompts refined greedily. Noise as in `sample_plain`."""
     num_steps = args.eval_num_inference_steps
-    noise = draw_noise(numbers, 1, model.latent_shape, seed=0, iteration=0)[:, 0]
+    noise = draw_noise(numbers, 1, model.latent_shape, args.eval_seed, iteration=0)[:, 0]
     schedules = [even_schedule(args.num_refinements, num_steps)] * len(numbers)
     sources = load_sources(metadata, model.size)
     refiner = Refiner(policy, args, prompts, num_steps, feedback, sources=sources)

@@ -93,7 +93,7 @@ from rewards.weights import from_hub, read_config, read_pipeline_configs
 @dataclasses.dataclass
 class Args:
     seed: Seed = 1
-    """Seeds the prompt order and all noise. CPU runs are bit-for-bit reproducible."""
+    """Seeds the prompt order and all noise of training. CPU runs are bit-for-bit reproducible."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: on CUDA if there is a CUDA device."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -107,7 +107,9 @@ class Args:
     eval_every: PositiveInt = 4
     """Iterations between evaluations. Paraphrases are evaluated before and after the training only."""
     eval_noises: PositiveInt = 1
-    """Images drawn for each held-out prompt, from as many noises, which are the same in every run."""
+    """Images drawn for each held-out prompt, from as many noises."""
+    eval_seed: Seed = 0
+    """Seeds these noises: runs with the same number draw their held-out images from the same noises."""
     save_every: PositiveInt = 16
     """Iterations between checkpoints."""
     track: bool = False
@@ -1228,8 +1230,8 @@ def train(args):
         return velocity_at
 
     def sample_for_evaluation(prompts, metadata, numbers):
-        """Samples by the ODE, for rows with these numbers. A row's initial noise is the same in every run."""
-        noise = draw_noise(numbers, 1, latent_shape, seed=0, iteration=0).to(device)
+        """Samples by the ODE, for rows with these numbers. A row's initial noise does not change in a run."""
+        noise = draw_noise(numbers, 1, latent_shape, args.eval_seed, iteration=0).to(device)
         x_0, _ = rollout(velocity_for(prompts, metadata), noise, eval_sigmas, (), 0.0, "flow")
         return report.Samples(decode(pipe, x_0), captions=prompts)
 

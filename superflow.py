@@ -60,6 +60,7 @@ Letters, the same in all five files:
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -88,7 +89,7 @@ from rewards.weights import from_hub, read_pipeline_configs
 @dataclasses.dataclass
 class Args:
     seed: Seed = 1
-    """Seeds the prompt order and all noise. CPU runs are bit-for-bit reproducible."""
+    """Seeds the prompt order and all noise of training. CPU runs are bit-for-bit reproducible."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: on CUDA if there is a CUDA device."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -102,7 +103,9 @@ class Args:
     eval_every: PositiveInt = 12
     """Iterations between evaluations. Paraphrases are evaluated before and after the training only."""
     eval_noises: PositiveInt = 1
-    """Images drawn for each held-out prompt, from as many noises, which are the same in every run."""
+    """Images drawn for each held-out prompt, from as many noises."""
+    eval_seed: Seed = 0
+    """Seeds these noises: runs with the same number draw their held-out images from the same noises."""
     save_every: PositiveInt = 16
     """Iterations between checkpoints."""
     track: bool = False
@@ -902,9 +905,9 @@ def train(args):
 
         return velocity_at
 
-    def sample_for_evaluation(prompts, metadata, numbers):
-        """Samples by the ODE, for rows with these numbers. A row's initial noise is the same in every run."""
-        noise = draw_noise(numbers, 1, latent_shape, seed=0, iteration=0).to(device)
+    def sample_for_evaluation(prompts, metadata, numbers, seed=args.eval_seed):
+        """Samples by the ODE, for rows with these numbers. A row's initial noise does not change in a run."""
+        noise = draw_noise(numbers, 1, latent_shape, seed, iteration=0).to(device)
         x_0, _ = rollout(velocity_for(prompts, metadata), noise, eval_sigmas, (), 0.0, "flow")
         return report.Samples(decode(pipe, x_0), captions=prompts)
 
@@ -934,8 +937,9 @@ def train(args):
             # model's images, scaled to the sum at which the counts settle with one image per visit.
             num_images = num_rows * args.start_images
             start_file = join_prompt_files([train_file] * args.start_images)
+            sample_start = functools.partial(sample_for_evaluation, seed=args.seed)
             start = report.evaluate(
-                "start", sample_for_evaluation, start_file, reward, args.micro_batch_size, num_shown=0
+                "start", sample_start, start_file, reward, args.micro_batch_size, num_shown=0
             )
             start_rewards = [start.scores["reward"][image] for image in range(num_images)]
             start_rewards = torch.tensor(start_rewards)

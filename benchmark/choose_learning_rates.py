@@ -29,18 +29,26 @@ LEARNING_RATES = {  # of each file: the flag, and what is tried
 }
 
 
+# A copy of the development prompts alone: beside the original are paraphrases, which would be evaluated, too.
+DEV_FILE = RUNS / "prompts" / "dev.jsonl"
+TRIAL_FLAGS = {  # what all trial runs share
+    "--num-iterations": "16",
+    "--save-every": "16",
+    "--eval-every": "16",
+    "--eval-noises": "2",
+    "--eval-prompts": str(DEV_FILE.relative_to(ROOT)),
+}
+
+
 def make_dev_file():
-    """A copy of the development prompts alone: beside them are paraphrases, which would be evaluated, too."""
-    path = RUNS / "prompts" / "dev.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT / "tiny/prompts/fold_0/dev.jsonl", path)
-    return path.relative_to(ROOT)
+    """Copies the development prompts of fold 0 to DEV_FILE."""
+    DEV_FILE.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "tiny/prompts/fold_0/dev.jsonl", DEV_FILE)
 
 
 def trial_flags():
-    """The flags that all trial runs share."""
-    evaluation = ["--eval-prompts", str(make_dev_file()), "--eval-every", "16", "--eval-noises", "2"]
-    return ["--num-iterations", "16", "--save-every", "16", *evaluation]
+    """TRIAL_FLAGS as a list of words."""
+    return [word for flag_and_value in TRIAL_FLAGS.items() for word in flag_and_value]
 
 
 def commands(algorithm, jobs, threads):
@@ -68,6 +76,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each run")
     parser.add_argument("--show", action="store_true", help="print the flags of a trial run, and run nothing")
     args = parser.parse_args()
+    make_dev_file()
     if args.show:
         print(" ".join(trial_flags()))
     else:

@@ -4,6 +4,8 @@ A setting is a folder, such as flow_grpo/default, with one record per seed: seed
 record holds the command, commit, date and machine, and what was measured.
 """
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -38,9 +40,9 @@ def processor():
 
 
 def commit():
-    """The short hash of the commit, or "unknown" in a tree without git."""
+    """The short hash of the commit, with "-dirty" if files were changed since; "unknown" without git."""
     try:
-        words = ["git", "rev-parse", "--short", "HEAD"]
+        words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
         output = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout
     except FileNotFoundError:
         return "unknown"
@@ -54,6 +56,23 @@ def circumstances(threads):
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{processor()}, {os.cpu_count()} cores, {threads}",
     }
+
+
+def versions():
+    """{package: version} of what the numbers may depend on."""
+    names = ("torch", "diffusers", "transformers", "peft", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def hash_of(path):
+    """The first half of the SHA-256 of a file, or of all files of a folder and their names."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(path).as_posix().encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
 
 
 def record_path(setting, seed, results=RESULTS):

@@ -3,14 +3,15 @@
     python -m benchmark.run_seeds SETTING FILE.py --seeds 1 2 3 [--jobs 2 --threads 1] [-- FLAGS OF THE FILE]
 
 For example, `python -m benchmark.run_seeds flow_grpo/default flow_grpo.py --seeds 1 2 3` writes
-benchmark/results/flow_grpo/default/seed-1.json and so on: the command, commit, date, machine, seconds, and
-the rows of metrics.jsonl. The runs themselves are in runs/benchmark/.
+benchmark/results/flow_grpo/default/seed-1.json and so on: the command with all flags, commit, versions, date,
+machine, seconds, hashes of models and prompt files, the rows of metrics.jsonl, and the score of each image
+that was evaluated first and last. The runs themselves are in runs/benchmark/.
 
-In the flags, {fold} stands for a fold of the tiny world: seed 1 has fold 0, seed 2 has fold 1, and so on. So
-an average over seeds is an average over prompts, too:
+In the flags, {seed} stands for the seed, and {fold} for a fold of the tiny world: seed 1 has fold 0, seed 2
+has fold 1, and so on. So an average over seeds is an average over prompts and noises, too:
 
-    python -m benchmark.run_seeds flow_grpo/default flow_grpo.py -- --prompts \\
-        tiny/prompts/fold_{fold}/train.jsonl --eval-prompts tiny/prompts/fold_{fold}/test.jsonl
+    python -m benchmark.run_seeds flow_grpo/default flow_grpo.py -- --eval-noises 4 --eval-seed {seed} \\
+        --prompts tiny/prompts/fold_{fold}/train.jsonl --eval-prompts tiny/prompts/fold_{fold}/test.jsonl
 
 A seed that has a record is not run again, so an interrupted command can be given once more. In a clone of
 this repository the records of docs/ exist. To reproduce them, add --results runs/records.
@@ -24,7 +25,17 @@ import sys
 import time
 from pathlib import Path
 
-from benchmark.records import RESULTS, ROOT, RUNS, circumstances, missing_seeds, record_path, write_record
+from benchmark.records import (
+    RESULTS,
+    ROOT,
+    RUNS,
+    circumstances,
+    hash_of,
+    missing_seeds,
+    record_path,
+    versions,
+    write_record,
+)
 from tiny import splits
 
 
@@ -33,13 +44,48 @@ def fold_of(seed):
     return (seed - 1) % splits.FOLDS
 
 
+def image_scores(run_dir, iteration):
+    """{evaluation: [scores of the rows, for each noise]} of an iteration: strict ones, or else the reward.
+
+    Strict scores are a string of 0 and 1 per noise, and others a list of numbers.
+    """
+    images = {}
+    for line in (run_dir / "scores" / f"{iteration:06d}.jsonl").read_text().splitlines():
+        image = json.loads(line)
+        noises = images.setdefault(image["evaluation"], {})
+        score = image.get("geneval_strict", image["reward"])
+        noises.setdefault(image["noise"], []).append(score)
+        is_strict = "geneval_strict" in image
+    for evaluation, noises in images.items():
+        if is_strict:
+            images[evaluation] = ["".join(str(int(score)) for score in scores) for scores in noises.values()]
+        else:
+            images[evaluation] = [[round(score, 4) for score in scores] for scores in noises.values()]
+    return images
+
+
+def contents_of(run_dir):
+    """What a finished run's folder adds to its record."""
+    flags = json.loads((run_dir / "args.json").read_text())
+    flags.pop("output_dir")
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    paths = [flags[name] for name in ("model", "lm", "prompts", "eval_prompts") if name in flags]
+    return {
+        "args": flags,
+        "sha256": {path: hash_of(ROOT / path) for path in paths if (ROOT / path).exists()},
+        "metrics": metrics,
+        "first images": image_scores(run_dir, 0),
+        "last images": image_scores(run_dir, metrics[-1]["iteration"]),
+    }
+
+
 def start(setting, seed, script, flags, threads):
     """Starts a run in the background: (process, the record that its results will join)."""
     output_dir = RUNS / setting / f"seed-{seed}-{int(time.time())}"
-    flags = [flag.replace("{fold}", str(fold_of(seed))) for flag in flags]
+    flags = [flag.replace("{fold}", str(fold_of(seed))).replace("{seed}", str(seed)) for flag in flags]
     command = [script] + flags + ["--seed", str(seed)]
     record = {"name": setting, "seed": seed, "command": " ".join(["python"] + command)}
-    record |= circumstances(f"{threads} threads a run")
+    record |= circumstances(f"{threads} threads a run") | {"versions": versions()}
     record["output_dir"] = output_dir
     record["began"] = time.time()
     words = [sys.executable] + command
@@ -55,8 +101,7 @@ def finish(process, record, results, measure_diversity):
         raise SystemExit(f"{record['command']} failed with exit code {process.returncode}")
     (run_dir,) = record.pop("output_dir").iterdir()
     record["seconds"] = round(time.time() - record.pop("began"), 1)
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    record["metrics"] = [json.loads(line) for line in lines]
+    record |= contents_of(run_dir)
     transformer = run_dir / "transformer"
     is_on_geneval = "eval/geneval" in record["metrics"][-1]
     if measure_diversity and is_on_geneval and transformer.exists():

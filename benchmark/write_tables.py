@@ -11,6 +11,7 @@ import re
 
 import numpy as np
 
+from benchmark.choose_learning_rates import TRIAL_FLAGS
 from benchmark.markdown import table
 from benchmark.records import RESULTS, ROOT
 from rewards.geneval.detection import TAGS
@@ -136,11 +137,10 @@ def read_trials():
 
 
 def own_flags(command):
-    """The flags of a trial's command that not all trials share."""
-    shared = (
-        "--num-iterations 16|--save-every 16|--eval-every 16|--eval-noises 2|--eval-prompts \\S+|--seed \\d+"
-    )
-    return " ".join(re.sub(shared, "", command).split()[2:])
+    """The flags of a trial's command that not all trials share, without the seed."""
+    for flag in (*TRIAL_FLAGS, "--seed"):
+        command = re.sub(rf"{flag} \S+", "", command)
+    return " ".join(command.split()[2:])
 
 
 def trials_table():

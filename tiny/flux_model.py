@@ -7,27 +7,16 @@ FLUX.1-dev, times are shifted by the size of the image, and the guidance scale i
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
-from tiny.image_model import MAX_TOKENS, TEXT_WIDTH, build_tokenizer
+from tiny.image_model import TEXT_WIDTH, build_tokenizer, clip_config
 
 WIDTH = 128  # of the transformer: 4 heads of 32
 
 
 def build_clip(tokenizer):
     """The CLIP text encoder, of which FLUX.1 reads one vector for the whole prompt."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=MAX_TOKENS,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return CLIPTextModel(config)
+    return CLIPTextModel(clip_config(tokenizer, num_layers=2))
 
 
 def build_t5(tokenizer):

@@ -106,21 +106,25 @@ def build_vae(size):
     )
 
 
-def build_text_encoder(tokenizer):
-    """A CLIP text encoder with a projection, as SD3 has two of."""
-    config = CLIPTextConfig(
+def clip_config(tokenizer, num_layers):
+    """The configuration of a CLIP text encoder on the world's words."""
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
         intermediate_size=4 * TEXT_WIDTH,
         projection_dim=TEXT_WIDTH,
-        num_hidden_layers=3,  # SD3 reads the last but one
+        num_hidden_layers=num_layers,
         num_attention_heads=2,
         max_position_embeddings=MAX_TOKENS,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return CLIPTextModelWithProjection(config)
+
+
+def build_text_encoder(tokenizer):
+    """A CLIP text encoder with a projection, as SD3 has two of. SD3 reads its last layer but one."""
+    return CLIPTextModelWithProjection(clip_config(tokenizer, num_layers=3))
 
 
 def build_transformer(size, num_layers=4):

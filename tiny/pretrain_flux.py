@@ -14,21 +14,21 @@ import copy
 import functools
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxKontextPipeline
 from tqdm import tqdm
 
-import rewards
 from flow_grpo import Conditions, predict_flux_velocity
-from rewards.prompts import load_prompts, resolve_sources
 from rewards.sources import load_source
-from tiny import splits, vlm_world, world
+from tiny import vlm_world, world
 from tiny.flux_model import build_flux
 from tiny.image_model import MAX_TOKENS
-from tiny.pretrain_image_model import Dataset, add_noise, images_to_tensor, print_tags, save_pipeline
+from tiny.pretrain_image_model import Dataset, add_noise, images_to_tensor, save_pipeline
 from tiny.pretraining import fit, parse_options
+from tiny.scoring import print_scores
 
 HERE = Path(__file__).parent
 FLOW_STEPS = 10000
@@ -77,13 +77,12 @@ class EditDataset:
         return prompts, self.sources[rows], self.targets[rows]
 
 
-class Batch:
-    """What a pass of a step learns from: prompts, source latents or None, and the latents to be drawn."""
+class Batch(NamedTuple):
+    """What a pass of a step learns from."""
 
-    def __init__(self, prompts, sources, x_0):
-        self.prompts = prompts
-        self.sources = sources
-        self.x_0 = x_0
+    prompts: list  # of B strings
+    sources: torch.Tensor | None  # latents (B, C, h, w) of the images to be edited
+    x_0: torch.Tensor  # latents (B, C, h, w) to be drawn
 
 
 def draw_batches(dataset, edits, rng, batch_size):
@@ -194,59 +193,33 @@ REWARDS_OF_FILES = {
     "text_dev": "ocr",
     "edit_dev": "edit",
 }
-HEADLINES = {"geneval": "geneval_strict", "ocr": "ocr", "edit": "edit_strict"}
-NUM_NOISES = 4
+
+
+def draw(pipe, prompts, metadata, guidance_scale, generator):
+    """One image for each prompt: plain diffusers, ODE sampler, 10 steps. Rows with a source are edits."""
+    sources = None
+    if "source" in metadata[0]:
+        sources = torch.stack([load_source(row["source"], world.SIZE) for row in metadata])
+    return pipe(
+        image=sources,
+        prompt=prompts,
+        height=world.SIZE,
+        width=world.SIZE,
+        max_area=world.SIZE**2,  # else diffusers draws an image of a megapixel
+        _auto_resize=False,
+        num_inference_steps=10,
+        guidance_scale=guidance_scale,
+        max_sequence_length=MAX_TOKENS,
+        generator=generator,
+        output_type="pt",
+    ).images
 
 
 def evaluate(args):
-    """Prints scores on the dev files: plain diffusers, ODE sampler, 10 steps, the mean over four noises."""
+    """Prints the scores on the dev prompts and the dev edits."""
     pipe = FluxKontextPipeline.from_pretrained(args.folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    for name, spec in REWARDS_OF_FILES.items():
-        path = splits.PROMPTS / "fold_0" / f"{name}.jsonl"
-        file = resolve_sources(path, load_prompts(path))
-        for guidance_scale in GUIDANCE_SCALES:
-            per_noise = []
-            for noise_seed in range(NUM_NOISES):
-                scores = score_pipeline(pipe, file, spec, guidance_scale, noise_seed)
-                per_noise.append(scores[HEADLINES[spec]])
-            per_noise = torch.stack(per_noise)  # (noises, rows)
-            means = per_noise.mean(dim=1)
-            print(f"{name}, guidance {guidance_scale}: {per_noise.mean():.3f},", end=" ")
-            print(f"noises {means.min():.3f} to {means.max():.3f}", flush=True)
-            if spec != "ocr":
-                tags = world.TAGS if spec == "geneval" else world.EDITS
-                print_tags(per_noise.mean(dim=0), file.metadata, tags)
-
-
-@torch.no_grad()
-def score_pipeline(pipe, file, spec, guidance_scale, noise_seed):
-    """{name: (rows,)} of a reward's scores of one image for each row of a PromptFile."""
-    reward = rewards.build(spec, file.prompts, file.metadata, "cpu")
-    generator = torch.Generator().manual_seed(noise_seed)
-    parts = {}
-    for first in range(0, len(file.prompts), 64):
-        prompts = file.prompts[first : first + 64]
-        metadata = file.metadata[first : first + 64]
-        sources = None
-        if "source" in metadata[0]:
-            sources = torch.stack([load_source(row["source"], world.SIZE) for row in metadata])
-        images = pipe(
-            image=sources,
-            prompt=prompts,
-            height=world.SIZE,
-            width=world.SIZE,
-            max_area=world.SIZE**2,  # else diffusers draws an image of a megapixel
-            _auto_resize=False,
-            num_inference_steps=10,
-            guidance_scale=guidance_scale,
-            max_sequence_length=MAX_TOKENS,
-            generator=generator,
-            output_type="pt",
-        ).images
-        for key, values in reward.details(images, prompts, metadata).items():
-            parts.setdefault(key, []).append(values)
-    return {key: torch.cat(values) for key, values in parts.items()}
+    print_scores(functools.partial(draw, pipe), REWARDS_OF_FILES, GUIDANCE_SCALES)
 
 
 STAGES = {"flow": pretrain_flow, "distill": distill, "eval": evaluate}

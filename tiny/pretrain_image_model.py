@@ -26,12 +26,11 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from einops import rearrange
 from tqdm import tqdm
 
-import rewards
-from rewards.prompts import load_prompts
 from rewards.tiny_world.shapes import BACKGROUND
-from tiny import splits, world
+from tiny import world
 from tiny.image_model import MAX_TOKENS, NO_T5, SIZES, build_pipeline, build_vae
 from tiny.pretraining import fit, parse_options
+from tiny.scoring import print_scores
 
 HERE = Path(__file__).parent
 VAE_STEPS = 3000
@@ -256,57 +255,25 @@ def declare_float32(folder):
 # ---- evaluation ----
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0)
 REWARDS_OF_FILES = {"dev": "geneval", "dev_paraphrased": "geneval", "dev_hard": "geneval", "text_dev": "ocr"}
-NUM_NOISES = 4
+
+
+def draw(pipe, prompts, metadata, guidance_scale, generator):
+    """One image for each prompt: plain diffusers, ODE sampler, 10 steps."""
+    return pipe(
+        prompts,
+        num_inference_steps=10,
+        guidance_scale=guidance_scale,
+        max_sequence_length=0,  # else diffusers appends 256 empty tokens in T5's place
+        generator=generator,
+        output_type="pt",
+    ).images
 
 
 def evaluate(args):
-    """Prints scores on the dev prompts: plain diffusers, ODE sampler, 10 steps, the mean over four noises."""
+    """Prints the scores on the dev prompts."""
     pipe = StableDiffusion3Pipeline.from_pretrained(args.folder, dtype=torch.float32, **NO_T5)
     pipe.set_progress_bar_config(disable=True)
-    for name, spec in REWARDS_OF_FILES.items():
-        file = load_prompts(splits.PROMPTS / "fold_0" / f"{name}.jsonl")
-        for guidance_scale in GUIDANCE_SCALES:
-            per_noise = []
-            for noise_seed in range(NUM_NOISES):
-                scores = score_pipeline(pipe, file, spec, guidance_scale, noise_seed)
-                per_noise.append(scores["geneval_strict" if spec == "geneval" else spec])
-            per_noise = torch.stack(per_noise)  # (noises, rows)
-            means = per_noise.mean(dim=1)
-            print(f"{name}, guidance {guidance_scale}: {per_noise.mean():.3f},", end=" ")
-            print(f"noises {means.min():.3f} to {means.max():.3f}", flush=True)
-            if spec == "geneval":
-                print_tags(per_noise.mean(dim=0), file.metadata)
-
-
-@torch.no_grad()
-def score_pipeline(pipe, file, spec, guidance_scale, noise_seed):
-    """{name: (rows,)} of a reward's scores of one image for each row of a PromptFile."""
-    reward = rewards.build(spec, file.prompts, file.metadata, "cpu")
-    generator = torch.Generator().manual_seed(noise_seed)
-    parts = {}
-    for first in range(0, len(file.prompts), 64):
-        prompts = file.prompts[first : first + 64]
-        images = pipe(
-            prompts,
-            num_inference_steps=10,
-            guidance_scale=guidance_scale,
-            max_sequence_length=0,  # else diffusers appends 256 empty tokens in T5's place
-            generator=generator,
-            output_type="pt",
-        ).images
-        metadata = file.metadata[first : first + 64]
-        for key, values in reward.details(images, prompts, metadata).items():
-            parts.setdefault(key, []).append(values)
-    return {key: torch.cat(values) for key, values in parts.items()}
-
-
-def print_tags(scores, metadata, tags=world.TAGS):
-    """One line with the mean score of each tag. scores: (rows,)."""
-    means = []
-    for tag in tags:
-        rows = torch.tensor([row["tag"] == tag for row in metadata])
-        means.append(f"{tag} {scores[rows].mean():.3f}")
-    print("    " + ", ".join(means), flush=True)
+    print_scores(functools.partial(draw, pipe), REWARDS_OF_FILES, GUIDANCE_SCALES)
 
 
 STAGES = {"vae": pretrain_vae, "flow": pretrain_flow, "distill": distill, "eval": evaluate}

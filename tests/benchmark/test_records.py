@@ -1,6 +1,8 @@
 """Where records are, and what a script says when they are there, or when what it needs is not."""
 
 import json
+import re
+import subprocess
 
 import pytest
 
@@ -56,6 +58,35 @@ def test_a_tree_without_git_has_no_commit(tmp_path, monkeypatch):
     assert records.commit() == "unknown"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert records.commit() == "unknown"
+
+
+def test_a_changed_tree_is_not_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "file").write_text("1")
+    for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "one"]):
+        subprocess.run(git + words, cwd=tmp_path, check=True)
+    clean = records.commit()
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    (tmp_path / "record").write_text("new")
+    assert records.commit() == clean
+    (tmp_path / "file").write_text("2")
+    assert records.commit() == clean + "-dirty"
+
+
+def test_a_hash_is_that_of_names_and_contents(tmp_path):
+    hashes = set()
+    for name, content in (("a", "1"), ("a", "2"), ("b", "1")):
+        folder = tmp_path / name / content
+        folder.mkdir(parents=True)
+        (folder / name).write_text(content)
+        hashes.add(records.hash_of(folder))
+    assert len(hashes) == 3
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "a").write_text("1")
+    assert records.hash_of(again) == records.hash_of(tmp_path / "a" / "1")
+    assert records.hash_of(again / "a") != records.hash_of(tmp_path / "a" / "2" / "a")
 
 
 def test_records_are_valid_json(tmp_path):

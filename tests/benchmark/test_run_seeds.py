@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmark import run_seeds
+from benchmark import records, run_seeds
 from benchmark.records import RESULTS
 
 SCRIPT = """
@@ -19,6 +19,13 @@ if args.fail:
 folder = pathlib.Path(args.output_dir) / "run"
 folder.mkdir(parents=True)
 (folder / "metrics.jsonl").write_text(json.dumps({"iteration": 0, "eval/reward": args.seed}) + "\\n")
+(folder / "args.json").write_text(json.dumps(vars(args) | {"model": "tiny/sd3", "prompts": "hub/name"}))
+(folder / "scores").mkdir()
+images = [{"evaluation": "eval", "row": row, "noise": noise, "reward": 0.5 + noise}
+          for noise in (0, 1) for row in (0, 1, 2)]
+if args.seed == 5:
+    images = [image | {"geneval_strict": float(image["row"] == 1)} for image in images]
+(folder / "scores" / "000000.jsonl").write_text("".join(json.dumps(image) + "\\n" for image in images))
 """
 
 
@@ -47,7 +54,11 @@ def test_each_seed_leaves_a_record_and_is_not_run_twice(script, tmp_path, capsys
         record = json.loads((tmp_path / "records" / "some" / "setting" / f"seed-{seed}.json").read_text())
         assert record["metrics"] == [{"iteration": 0, "eval/reward": seed}]
         assert record["command"] == f"python {script} --seed {seed}" and record["name"] == "some/setting"
-        assert {"commit", "date", "machine", "seconds"} <= record.keys() and "output_dir" not in record
+        assert {"commit", "versions", "date", "machine", "seconds"} <= record.keys()
+        assert "output_dir" not in record and record["args"].keys() == {"seed", "fail", "model", "prompts"}
+        assert record["sha256"] == {"tiny/sd3": records.hash_of(records.ROOT / "tiny/sd3")}
+        images = {4: [[0.5] * 3, [1.5] * 3], 5: ["010", "010"]}
+        assert record["first images"] == record["last images"] == {"eval": images[seed]}
     capsys.readouterr()
     run_seeds.run_seeds(*run_seeds.parse(words))
     assert capsys.readouterr().out.count("is not run") == 2
@@ -76,8 +87,9 @@ def test_every_seed_has_a_fold_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(run_seeds, "circumstances", lambda threads: {})
     monkeypatch.setattr(run_seeds.subprocess, "Popen", lambda words, **_: commands.append(words))
     for seed in (1, 2, 4, 5):
-        _, record = run_seeds.start("s", seed, "a.py", ["--prompts", "fold_{fold}/train.jsonl", "-x"], 1)
-        assert (
-            record["command"] == f"python a.py --prompts fold_{(seed - 1) % 4}/train.jsonl -x --seed {seed}"
-        )
+        flags = ["--prompts", "fold_{fold}/train.jsonl", "--eval-seed", "{seed}"]
+        _, record = run_seeds.start("s", seed, "a.py", flags, 1)
+        fold = (seed - 1) % 4
+        expected = f"python a.py --prompts fold_{fold}/train.jsonl --eval-seed {seed} --seed {seed}"
+        assert record["command"] == expected
     assert [words[3] for words in commands] == [f"fold_{fold}/train.jsonl" for fold in (0, 1, 3, 0)]
