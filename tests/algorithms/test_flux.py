@@ -15,16 +15,19 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import fdfo
 import flow_grpo
 import promptloop
 import promptrl
+import rewards
 import superflow
 from flow_grpo import Args, Conditions, train
 from rewards.prompts import PromptFile
 from rewards.sources import load_source
+from small_runs import Brightness, metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 12  # T5 tokens of a prompt
@@ -229,6 +232,40 @@ def test_training_starts_on_policy(models, flags, tmp_path, name, variant):
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["losses/ratio_first"] for row in rows[1:]] == [0, 0]
     assert all(row["losses/grad_norm"] > 0 for row in rows[1:])
+
+
+@pytest.mark.parametrize("name", ["dev", "kontext with a source"])
+def test_a_run_that_was_cut_off_ends_as_one_that_was_not(models, flags, tmp_path, interrupted_run, name):
+    flags |= {"model": models[name.split()[0]], "lora_rank": 2, "save_every": 1, "num_iterations": 3}
+    if name.endswith("source"):
+        flags["prompts"] = edit_files(tmp_path)
+    expected = train(Args(**flags | {"output_dir": str(tmp_path / "whole")}))
+    run_dir = interrupted_run(train, Args(**flags))
+    train(Args(resume=str(run_dir)))
+    assert metrics(run_dir) == metrics(expected)
+    weights = [load_file(folder / "lora/pytorch_lora_weights.safetensors") for folder in (run_dir, expected)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def pay_for_brightness():
+    """For the processes that a test starts."""
+    rewards.build = lambda *_: Brightness()
+
+
+@pytest.mark.parametrize("name", ["dev", "kontext with a source"])
+def test_two_processes_equal_one(models, flags, tmp_path, start_processes, monkeypatch, name):
+    flags |= {"model": models[name.split()[0]], "lora_rank": 2, "num_iterations": 1}
+    flags["num_prompts_per_iteration"] = 4
+    if name.endswith("source"):
+        flags["prompts"] = edit_files(tmp_path)
+    wait = start_processes(flow_grpo, flags, prepare=pay_for_brightness)
+    monkeypatch.setattr(rewards, "build", lambda *_: Brightness())
+    _, one = metrics(train(Args(**flags | {"output_dir": str(tmp_path / "alone")})))
+    _, two = metrics(wait())
+    assert one["losses/grad_norm"] > 0
+    for key in ("losses/policy_loss", "losses/grad_norm", "charts/reward_mean", "losses/ratio_first"):
+        assert two[key] == pytest.approx(one[key], abs=1e-5), key
 
 
 @pytest.mark.parametrize("module", [superflow, fdfo, promptrl], ids=lambda module: module.__name__)
