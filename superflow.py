@@ -137,7 +137,7 @@ class Args:
     eval_prompts: str = ""
     """Held-out prompts. Empty: the --prompts file with `eval` or `dev` for `train` in its name."""
     rewards: str = "geneval"
-    """Rewards with optional weights, such as geneval:1,jpeg:0.2."""
+    """Rewards with optional weights: geneval:1,jpeg:0.2. A function of your own is module:function."""
 
     # Sampling
     num_prompts_per_iteration: PositiveInt = 16

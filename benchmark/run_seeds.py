@@ -44,6 +44,11 @@ def fold_of(seed):
     return (seed - 1) % splits.FOLDS
 
 
+def fill(flags, seed):
+    """The flags of a seed's run: {seed} and {fold} replaced by their numbers."""
+    return [flag.replace("{fold}", str(fold_of(seed))).replace("{seed}", str(seed)) for flag in flags]
+
+
 def image_scores(run_dir, iteration):
     """{evaluation: [scores of the rows, for each noise]} of an iteration: strict ones, or else the reward.
 
@@ -82,7 +87,7 @@ def contents_of(run_dir):
 def start(setting, seed, script, flags, threads):
     """Starts a run in the background: (process, the record that its results will join)."""
     output_dir = RUNS / setting / f"seed-{seed}-{int(time.time())}"
-    flags = [flag.replace("{fold}", str(fold_of(seed))).replace("{seed}", str(seed)) for flag in flags]
+    flags = fill(flags, seed)
     command = [script] + flags + ["--seed", str(seed)]
     record = {"name": setting, "seed": seed, "command": " ".join(["python"] + command)}
     record |= circumstances(f"{threads} threads a run") | {"versions": versions()}

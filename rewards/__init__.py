@@ -9,13 +9,16 @@ array or a list; `WeightedSum` checks them. A reward may have two more methods: 
 raises ValueError where a row lacks what the reward needs, before any image model is loaded;
 `details(images, prompts, metadata)` returns a dict of such numbers for the logs, its own value among them.
 
-`build("geneval:1,jpeg:0.2", ...)` makes one reward of a spec. A prompt with a tag, "reward": "jpeg" in its
-metadata, is judged by that reward alone. `rewards.prompts.load_prompts` reads prompt files.
+`build("geneval:1,jpeg:0.2", ...)` makes one reward of a spec. `my_rewards:warmth` in a spec is the function
+`warmth` of the module `my_rewards`. A prompt with a tag, "reward": "jpeg" in its metadata, is judged by that
+reward alone. `rewards.prompts.load_prompts` reads prompt files.
 """
 
 import importlib
 import inspect
 import math
+import os
+import sys
 
 from rewards.errors import BadInput, RewardError, reward_failure
 
@@ -44,14 +47,18 @@ SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-9, 1e9
 def parse_spec(spec):
     """'geneval' or 'geneval:1,vlm@hub/id-or-folder:0.2' -> {name: (weight, model)}, model "" where none is.
 
+    The name of a function of one's own has its module in it: 'my_rewards:warmth' or 'my_rewards:warmth:0.2'.
     Raises BadInput for an unknown name, a name that comes twice or a bad weight.
     """
     entries = {}
     for part in spec.split(","):
-        head, colon, weight = part.strip().partition(":")
+        head, colon, weight = split_entry(part.strip())
         name, at, model = head.partition("@")
-        if name not in REGISTRY:
-            raise BadInput(f"unknown reward {name!r}, expected one of {', '.join(REGISTRY)}")
+        if name not in REGISTRY and not is_function(name):
+            known = ", ".join(REGISTRY)
+            raise BadInput(
+                f"unknown reward {name!r}, expected one of {known}, or module:function of your own"
+            )
         if name in entries:
             raise BadInput(f"reward {name!r} is named twice in {spec!r}")
         if at and not model:
@@ -59,6 +66,22 @@ def parse_spec(spec):
         value = parse_weight(name, weight) if colon else 1.0
         entries[name] = value, model
     return entries
+
+
+def split_entry(entry):
+    """(name with its model, ":" or "", weight) of one entry of a spec, all as text."""
+    head, colon, weight = entry.partition(":")
+    module_and_function = ":".join(entry.split(":")[:2])
+    if head.partition("@")[0] not in REGISTRY and is_function(module_and_function):
+        head = module_and_function
+        colon, weight = entry[len(head) : len(head) + 1], entry[len(head) + 1 :]
+    return head, colon, weight
+
+
+def is_function(name):
+    """Whether this is module:function, as a reward of one's own is named."""
+    module, _, function = name.partition(":")
+    return function.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
 def parse_weight(name, text):
@@ -108,9 +131,11 @@ def build(spec, prompts, metadata, device="cpu"):
 
 
 def make_reward(name, model, metadata, device):
-    """One reward of the registry. Raises BadInput where it cannot be made."""
+    """One reward of the registry, or a function of one's own. Raises BadInput where it cannot be made."""
     options = {"model": model} if model else {}
     try:
+        if is_function(name):
+            return load_function(name, model)
         module, _, factory = REGISTRY[name].partition(":")
         factory = getattr(importlib.import_module(module), factory)
         if model and "model" not in inspect.signature(factory).parameters:
@@ -124,6 +149,29 @@ def make_reward(name, model, metadata, device):
         kind = type(reward).__name__
         raise RewardError(f"{REGISTRY[name]}, the factory of reward {name!r}, returned a {kind}, no reward")
     return reward
+
+
+def load_function(name, model):
+    """The function that module:function names. The module is one that `import` finds, also in this folder.
+
+    Raises BadInput where there is none. What goes wrong inside of the module is left to the caller.
+    """
+    module, _, function = name.partition(":")
+    if model:
+        raise BadInput(f"reward {name!r} takes no model, remove @{model}")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise  # the module is there, and what it imports is not
+        raise BadInput(
+            f"reward {name!r}: there is no module {module!r} in this folder or elsewhere"
+        ) from None
+    if not callable(getattr(found, function, None)):
+        raise BadInput(f"reward {name!r}: {found.__file__} has no function {function!r}")
+    return getattr(found, function)
 
 
 def check_row(name, reward, row, prompt, metadata):

@@ -29,7 +29,7 @@ def open_run(args, script):
     check_ranges(args)
     if args.resume:
         return resume_run(args, script)
-    first_reward = next(iter(parse_spec(args.rewards)))
+    first_reward = next(iter(parse_spec(args.rewards))).rpartition(":")[2]  # a function's, without its module
     name = f"{Path(script).stem}-{first_reward}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.output_dir) / name
     number = 1

@@ -15,6 +15,7 @@ import pytest
 import tyro
 from documents import ALGORITHMS, ELLIPSIS, ROOT, is_placeholder, value_of
 
+from benchmark.run_seeds import fill
 from rewards import command_line
 
 COMMANDS = documents.commands()
@@ -253,7 +254,7 @@ OF_RUN_SEEDS = [command for command in OF_OTHERS if command.target == "benchmark
 def test_flags_that_are_passed_on_are_the_files_own(command):
     scripts = [word for word in command.words if word in ALGORITHMS]
     if scripts and "--" in command.words:
-        flags = command.words[command.words.index("--") + 1 :]
+        flags = fill(command.words[command.words.index("--") + 1 :], seed=1)
         parse_flags(command._replace(target=scripts[0], words=flags))
 
 

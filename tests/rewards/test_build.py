@@ -1,6 +1,9 @@
 """What --rewards takes, and what is checked before a reward is used."""
 
+import sys
+
 import pytest
+import torch
 
 import rewards
 from rewards.prompts import join_prompt_files, load_prompt_files, load_prompts
@@ -21,6 +24,9 @@ from tests.rewards.geneval.notation import ask
             {"clipscore": (-0.5, "../weights/clip.v2"), "ocr": (1, "")},
         ),
         ("vlm@a/b@main:3", {"vlm": (3, "a/b@main")}),
+        ("mine:warmth", {"mine:warmth": (1, "")}),
+        ("ocr, my.rewards:warmth:-0.5", {"ocr": (1, ""), "my.rewards:warmth": (-0.5, "")}),
+        ("mine:warmth,mine:glow:2", {"mine:warmth": (1, ""), "mine:glow": (2, "")}),
     ],
 )
 def test_parse_spec_reads_names_weights_and_models(spec, weights):
@@ -55,6 +61,11 @@ def test_parse_spec_reads_names_weights_and_models(spec, weights):
         ("vlm@", "'vlm' has no model after its @"),
         ("vlm@:2", "'vlm' has no model after its @"),
         ("geneval jpeg", "unknown reward 'geneval jpeg'"),
+        ("genval:1", "unknown reward 'genval'.*module:function"),
+        ("mine.py:warmth:", "weight '' of reward 'mine.py:warmth'"),
+        ("my-rewards:warmth", "unknown reward 'my-rewards'"),
+        ("mine:warmth:much", "weight 'much' of reward 'mine:warmth'"),
+        ("mine:warmth,mine:warmth:2", "'mine:warmth' is named twice"),
     ],
 )
 def test_parse_spec_says_what_is_wrong(spec, said):
@@ -89,6 +100,53 @@ def test_parse_spec_says_what_is_wrong(spec, said):
 def test_build_says_which_prompt_cannot_be_scored(spec, prompts, metadata, said):
     with pytest.raises(ValueError, match=said):
         rewards.build(spec, prompts, metadata)
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module in the working folder, which is not in the Python path."""
+    (tmp_path / "own_rewards.py").write_text(
+        "def warmth(images, prompts, metadata):\n"
+        "    return (images[:, 0] - images[:, 2]).mean(dim=(1, 2))\n\n"
+        "PI = 3.14\n"
+    )
+    (tmp_path / "own_broken.py").write_text("import a_package_that_is_not_there\n")
+    (tmp_path / "own_faulty.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+
+
+@pytest.mark.usefixtures("own_module")
+def test_a_function_of_ones_own_is_a_reward():
+    images = torch.zeros(2, 3, 4, 4)
+    images[0, 0] = 1
+    images[1, 2] = 0.5
+    reward = rewards.build("own_rewards:warmth:2", ["a", "b"], [{}, {}])
+    assert reward(images, ["a", "b"], [{}, {}]).tolist() == [2, -1]
+    found = reward.details(images, ["a", "b"], [{}, {}])
+    assert found["own_rewards:warmth"].tolist() == [1, -0.5]
+    tagged = [{"reward": "own_rewards:warmth"}, {"reward": "jpeg"}]
+    mixed = rewards.build("own_rewards:warmth,jpeg", ["a", "b"], tagged)
+    assert mixed(images, ["a", "b"], tagged)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "spec, said",
+    [
+        ("nowhere:warmth", "reward 'nowhere:warmth': there is no module 'nowhere' in this folder"),
+        ("own_rewards.deeper:warmth", "there is no module 'own_rewards.deeper'"),
+        ("own_rewards:cold", "own_rewards.py has no function 'cold'"),
+        ("own_rewards:PI", "own_rewards.py has no function 'PI'"),
+        ("own_broken:warmth", "reward 'own_broken:warmth' failed with ModuleNotFoundError, its traceback"),
+        ("own_faulty:warmth", "reward 'own_faulty:warmth' failed with ZeroDivisionError, its traceback"),
+    ],
+)
+@pytest.mark.usefixtures("own_module")
+def test_a_function_that_is_not_there_is_named(spec, said):
+    with pytest.raises((rewards.BadInput, rewards.RewardError), match=said) as error:
+        rewards.build(spec, ["a"], [{}])
+    assert "\n" not in str(error.value)
 
 
 def test_a_row_is_named_with_its_file_and_line(tmp_path):
