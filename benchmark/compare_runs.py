@@ -37,7 +37,7 @@ def find_score(rows, name, folder):
 
 
 def compare(folders, name):
-    """{label: (metric, images, minutes, scores)} of runs. A label is the name of the folder, if it is unique."""
+    """{label: (metric, images, minutes, scores)}. A label is the name of the folder, if that is unique."""
     names = [Path(folder).resolve().name for folder in folders]
     curves = {}
     for folder, own_name in zip(folders, names):
