@@ -66,3 +66,19 @@ def test_broken_links_and_paths_are_found():
     assert targets(text) == ["b.md#c", "e.png", "f.png"]
     assert path_spans(text) == ["tiny/nothing.py"]
     assert anchors("# The `a` b\n## Two-fold, yes\n") == ["the-a-b", "two-fold-yes"]
+
+
+def test_the_cheat_sheet_names_functions_of_the_files():
+    """Each section names functions of its own file."""
+    sections = (documents.ROOT / "docs/cheat_sheet.md").read_text().split("\n## ")[1:]
+    names = {"Flow-GRPO": "flow_grpo", "SuperFlow": "superflow", "FDFO": "fdfo"}
+    names |= {"PromptRL": "promptrl", "PromptLoop": "promptloop"}
+    checked = 0
+    for section in sections:
+        title, _, text = section.partition("\n")
+        if title in names:
+            source = (documents.ROOT / f"{names[title]}.py").read_text()
+            for function in re.findall(r"`(\w+)`", text):
+                assert f"\ndef {function}(" in source, f"{title}: {function}"
+                checked += 1
+    assert checked > 10
