@@ -94,7 +94,7 @@ class Args:
     """Run folder to resume from; all other flags are then read from that run."""
     resume_anyway: bool = False
     """Resume even if the script, the prompt files or the model have changed since the run began."""
-    eval_every: PositiveInt = 12
+    eval_every: PositiveInt = 16
     """Iterations between evaluations. Paraphrases are evaluated before and after the training only."""
     eval_noises: PositiveInt = 1
     """Images drawn for each held-out prompt, from as many noises."""
@@ -148,7 +148,7 @@ class Args:
     churn: Literal["raw", "logit-normal", "dirac"] = "raw"
     """When the two images of a pair get private noise. raw: in all steps; logit-normal: around a time drawn
     for the pair; dirac: at the start only."""
-    churn_weight: Annotated[float, Range(1e-6, 10)] = 0.03
+    churn_weight: Annotated[float, Range(1e-6, 10)] = 0.3
     """Strength of the private noise. raw: gamma of each step, which lowers the noise level by the factor
     1 + gamma and restores it with fresh noise. Others: the sum of log(1 + gamma) over all steps."""
     micro_batch_size: PositiveInt = 64

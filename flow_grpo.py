@@ -28,7 +28,8 @@ Run (time and memory: docs/flow_grpo.md; the commands for real models were not r
       --resolution 512 --rewards ocr --prompts ocr/train.txt --eval-prompts ocr/test.txt \\
       --lora-rank 32 --learning-rate 3e-4 --kl-coef 0.004 --clip-range 1e-4 --guidance-scale 4.5 \\
       --num-inference-steps 10 --sde-window 0 --eval-num-inference-steps 40 --num-iterations 1000 \\
-      --num-prompts-per-iteration 8 --num-images-per-prompt 8 --micro-batch-size 8 --gradient-checkpointing
+      --num-prompts-per-iteration 8 --num-images-per-prompt 8 --noise-level 0.7 --micro-batch-size 8 \\
+      --gradient-checkpointing
   torchrun --nproc_per_node=8 flow_grpo.py ... --num-prompts-per-iteration 48 --num-images-per-prompt 24
 
 This KL coefficient is the official 0.04 times dt, about 0.1 (difference 1). docs/your_model.md has commands
@@ -87,7 +88,7 @@ class Args:
     """Run folder to resume from; all other flags are then read from that run."""
     resume_anyway: bool = False
     """Resume even if the script, the prompt files or the model have changed since the run began."""
-    eval_every: PositiveInt = 12
+    eval_every: PositiveInt = 16
     """Iterations between evaluations. Paraphrases are evaluated before and after the training only."""
     eval_noises: PositiveInt = 1
     """Images drawn for each held-out prompt, from as many noises."""
@@ -138,7 +139,7 @@ class Args:
     guidance_scale: Annotated[float, Range(0, 100)] = 1.0
     """Guidance in sampling, loss and evaluation. SD3: classifier-free; up to 1: none, at half the cost.
     FLUX.1: an input of the network, usually 3.5 (Kontext: 2.5)."""
-    noise_level: Annotated[float, Range(0.001, 2)] = 0.7
+    noise_level: Annotated[float, Range(0.001, 2)] = 1.0
     """a, the strength of the noise in stochastic steps."""
     sde_type: Literal["flow", "cps"] = "flow"
     """Stochastic sampler: flow is Flow-GRPO's SDE, cps is CPS (arXiv 2509.05952)."""
@@ -159,7 +160,7 @@ class Args:
     """beta, weight of the KL penalty to the base model. Above 0 it costs a forward pass per trained step."""
 
     # Optimisation
-    num_iterations: NonNegativeInt = 64
+    num_iterations: NonNegativeInt = 96
     """Iterations, each with one rollout."""
     num_updates_per_iteration: PositiveInt = 2
     """U, optimiser steps per rollout. Each uses a different 1/U of the prompts."""
