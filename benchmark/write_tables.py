@@ -137,30 +137,35 @@ def read_trials():
 
 
 def own_flags(command):
-    """The flags of a trial's command that not all trials share, without the seed."""
+    """The flags of a trial that change how it trains, without the seed and the number of iterations."""
     for flag in (*TRIAL_FLAGS, "--seed"):
         command = re.sub(rf"{flag} \S+", "", command)
-    return " ".join(command.split()[2:])
+    return " ".join(command.split()[2:]) or "none"
 
 
 def trials_table():
-    """A table of all trials: flags, seeds, and the strict score on the dev prompts, before and after."""
+    """A table of all trials, the best last: flags, seeds, and the strict score on the dev prompts."""
     rows = []
     for algorithm, settings in read_trials().items():
         score = SCORES.get(algorithm, "eval/geneval_strict")
         own = []
         for records in settings.values():
             before, after = np.array([evaluated(record, score) for record in records]).T
-            seeds = ", ".join(str(record["seed"]) for record in records)
-            per_seed = ", ".join(f"{value:.3f}" for value in after)
-            flags = own_flags(records[0]["command"])
-            own.append(
-                [ALGORITHMS[algorithm], f"`{flags}`", seeds, f"{before.mean():.3f}", per_seed, after.mean()]
-            )
-        own.sort(key=lambda row: row[-1])
-        rows += [[*row[:-1], f"{row[-1]:.3f}"] for row in own]
-    head = ["file", "flags", "seeds", "dev, before", "after, of each seed", "mean"]
-    return table(head, rows)
+            cells = [
+                ALGORITHMS[algorithm],
+                f"`{own_flags(records[0]['command'])}`",
+                records[0]["commit"],
+                ", ".join(str(record["seed"]) for record in records),
+                f"{records[0]['metrics'][-1]['charts/num_images']:,}",
+                f"{before.mean():.3f}",
+                ", ".join(f"{value:.3f}" for value in after),
+                f"{after.mean():.3f}",
+            ]
+            own.append((after.mean(), cells))
+        own.sort(key=lambda row: row[0])
+        rows += [cells for _, cells in own]
+    head = ["file", "flags, on top of the commit's defaults", "commit", "seeds", "images", "dev, before"]
+    return table(head + ["after, of each seed", "mean"], rows)
 
 
 def short_table():

@@ -14,7 +14,7 @@ def baselines(base, guidance_2, scripted):
 
 def run(algorithm, seed, command, score, values):
     metrics = [{score: value, "charts/num_images": 1000 * k} for k, value in enumerate(values)]
-    return {"seed": seed, "command": command, "seconds": 90, "metrics": metrics}
+    return {"seed": seed, "command": command, "commit": "abc", "seconds": 90, "metrics": metrics}
 
 
 @pytest.fixture
@@ -67,8 +67,8 @@ def test_trials_are_sorted_by_their_score_and_say_what_they_changed(results):
         path.write_text(json.dumps(record))
     lines = write_tables.trials_table()
     assert lines[2:] == [
-        "| Flow-GRPO | `--learning-rate 1e-4` | 11 | 0.400 | 0.500 | 0.500 |",
-        "| Flow-GRPO | `--learning-rate 1e-3` | 11, 12 | 0.400 | 0.600, 0.700 | 0.650 |",
+        "| Flow-GRPO | `--learning-rate 1e-4` | abc | 11 | 1,000 | 0.400 | 0.500 | 0.500 |",
+        "| Flow-GRPO | `--learning-rate 1e-3` | abc | 11, 12 | 1,000 | 0.400 | 0.600, 0.700 | 0.650 |",
     ]
 
 
