@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 
 from rewards import command_line
+from small_runs import ALGORITHMS
 
 ROOT = Path(__file__).resolve().parents[2]
-READING_ORDER = ["flow_grpo", "superflow", "fdfo", "promptrl", "promptloop"]
-FILES = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}  # the algorithm files
+FILES = {name: (ROOT / f"{name}.py").read_text() for name in sorted(ALGORITHMS)}
 BANNERS = ["model", "flow", "rollout", "algorithm", "checkpoint", "train"]  # others may stand between
 IMPORT_NAMES = {"pillow": "PIL"}  # where a package is imported by another name
 EXEMPT = ["train", "check_args"]  # functions of which each file has its own
@@ -400,12 +400,7 @@ def text_files(root):
 
 def before(name):
     """The sources of the files that are read before this one."""
-    order = READING_ORDER + sorted(FILES.keys() - set(READING_ORDER))
-    return [FILES[other] for other in order[: order.index(name)]]
-
-
-def test_the_algorithm_files_are_found():
-    assert set(READING_ORDER) <= set(FILES)
+    return [FILES[other] for other in ALGORITHMS[: ALGORITHMS.index(name)]]
 
 
 @pytest.mark.parametrize("name", FILES)

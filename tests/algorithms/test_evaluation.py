@@ -6,9 +6,7 @@ import json
 import pytest
 
 import rewards
-from small_runs import Brightness, metrics
-
-ALGORITHMS = ("flow_grpo", "superflow", "fdfo", "promptrl", "promptloop")
+from small_runs import ALGORITHMS, Brightness, metrics
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

@@ -25,9 +25,8 @@ import pytest
 import torch
 
 from rewards import BadInput, command_line, report
-from small_runs import ROOT, command, torchrun_environments
+from small_runs import ALGORITHMS, ROOT, command, torchrun_environments
 
-ALGORITHMS = [path.stem for path in sorted(ROOT.glob("*.py"))]
 HUGE = 10**30
 
 
@@ -656,7 +655,7 @@ def indexless_devices(source):
 
 def test_no_code_names_a_cuda_device_without_its_index():
     found = {}
-    for path in [*ROOT.glob("*.py"), *(ROOT / "rewards").rglob("*.py")]:
+    for path in [*(ROOT / f"{name}.py" for name in ALGORITHMS), *(ROOT / "rewards").rglob("*.py")]:
         found[path.relative_to(ROOT).as_posix()] = len(indexless_devices(path.read_text()))
     assert found.pop("rewards/__main__.py") == 1  # a program of one process
     assert {name: count for name, count in found.items() if count} == {}

@@ -6,8 +6,10 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+import small_runs
+
 ROOT = Path(__file__).resolve().parents[2]
-ALGORITHMS = ("flow_grpo.py", "superflow.py", "fdfo.py", "promptrl.py", "promptloop.py")
+ALGORITHMS = tuple(f"{name}.py" for name in small_runs.ALGORITHMS)
 PAGES = ("README.md", "tiny/README.md", "benchmark/README.md", "benchmark/results/README.md")
 RUNNERS = ("python", "torchrun")
 ELLIPSIS = "..."  # right after a script: the flags of the document's command before it
