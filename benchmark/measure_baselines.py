@@ -162,7 +162,7 @@ if __name__ == "__main__":
         "command": f"python -m benchmark.measure_baselines --model {args.model} --fold {args.fold} "
         f"--split {args.split} --noises {args.noises}"
     }
-    record |= circumstances(f"{torch.get_num_threads()} threads")
+    record |= circumstances(torch.get_num_threads())
     record["settings"] = {}
     for name, strict in settings.items():
         per_noise = strict.mean(dim=1).numpy()

@@ -49,8 +49,9 @@ def commit():
     return output.strip() or "unknown"
 
 
-def circumstances(threads):
-    """Commit, date and machine of a measurement. threads: in words, such as "2 threads a run"."""
+def circumstances(num_threads):
+    """Commit, date and machine of a measurement by so many threads, each run of several by itself."""
+    threads = "1 thread" if num_threads == 1 else f"{num_threads} threads"
     return {
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),

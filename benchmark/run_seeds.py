@@ -90,7 +90,7 @@ def start(setting, seed, script, flags, threads):
     flags = fill(flags, seed)
     command = [script] + flags + ["--seed", str(seed)]
     record = {"name": setting, "seed": seed, "command": " ".join(["python"] + command)}
-    record |= circumstances(f"{threads} threads a run") | {"versions": versions()}
+    record |= circumstances(threads) | {"versions": versions()}
     record["output_dir"] = output_dir
     record["began"] = time.time()
     words = [sys.executable] + command

@@ -74,7 +74,7 @@ def swap(seeds, results):
             lm = newest_run(pair.lm_setting, lm_seed) if pair.lm_setting else None
             folders[title] = (flow, lm)
         record = {"command": command, "seed": seed}
-        record |= circumstances(f"{torch.get_num_threads()} threads")
+        record |= circumstances(torch.get_num_threads())
         record["swaps"] = {title: evaluate(flow, lm) for title, (flow, lm) in folders.items()}
         write_record(record_path(SETTING, seed, results), record)
 

@@ -101,7 +101,7 @@ def use_elsewhere(seeds, results):
         policies = {"trained": newest_run("promptloop/default", seed), "untrained": ""}
         flow_lora = newest_run(FLOW_LORA, seed) / "lora"
         record = {"command": command, "seed": seed}
-        record |= circumstances(f"{torch.get_num_threads()} threads")
+        record |= circumstances(torch.get_num_threads())
         record["uses"] = {}
         for title, flags in USES.items():
             if "flow_lora" in flags:
