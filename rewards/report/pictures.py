@@ -72,9 +72,11 @@ def draw_cell(cell, text_height):
 
 
 def to_image(picture):
-    """A picture (H, W, 3) in [0, 1] as an image whose longer side is SIDE."""
-    pixels = np.asarray(picture, dtype=np.float32)
-    image = Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8))
+    """A picture (H, W, 3), in [0, 1] or in 8 bits, as an image whose longer side is SIDE."""
+    pixels = np.asarray(picture)
+    if pixels.dtype != np.uint8:
+        pixels = (pixels.astype(np.float32) * 255).round().clip(0, 255).astype(np.uint8)
+    image = Image.fromarray(pixels)
     smaller = max(image.size) <= SIDE  # the tiny world's pixels stay sharp squares
     return ImageOps.contain(image, (SIDE, SIDE), Image.NEAREST if smaller else Image.LANCZOS)
 

@@ -190,11 +190,22 @@ def test_a_picture_of_any_size_fills_its_place(side):
     assert image.size == (192, 192) and np.unique(image).tolist() == [51]
 
 
-def test_pixels_of_small_pictures_stay_squares():
+@pytest.mark.parametrize("in_8_bits", [False, True])
+def test_pixels_of_small_pictures_stay_squares(in_8_bits):
     picture = torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(0))
-    pixels = np.array(pictures.to_image(picture))
-    expected = (picture * 255).round().byte().numpy().repeat(3, 0).repeat(3, 1)
+    in_bytes = (picture * 255).round().byte()
+    pixels = np.array(pictures.to_image(in_bytes if in_8_bits else picture))
+    expected = in_bytes.numpy().repeat(3, 0).repeat(3, 1)
     assert (pixels == expected).all()
+
+
+def test_a_film_shows_what_was_seen(tmp_path):
+    """Previews are kept in 8 bits, as the policy saw them, and the image itself in [0, 1]."""
+    preview = torch.tensor([200, 30, 60], dtype=torch.uint8).expand(64, 64, 3)
+    evaluation = make_evaluation(films={0: [(preview.numpy(), "seen")]})
+    pictures.save_films(tmp_path / "films.png", evaluation)
+    colors = Image.open(tmp_path / "films.png").convert("RGB").getcolors(10**6)
+    assert (192 * 192, (200, 30, 60)) in colors
 
 
 def test_the_curve_is_the_rewards_and_its_legend_hides_nothing(tmp_path, monkeypatch):
