@@ -338,7 +338,7 @@ def load_pipeline(args, device, dtype):
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
-    pipe.vae.to(torch.float32, memory_format=torch.channels_last)  # the faster layout of its convolutions
+    pipe.vae.float().to(memory_format=torch.channels_last)  # the faster layout of its convolutions
     pipe.set_progress_bar_config(disable=True)
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     channels = denoiser.config.in_channels

@@ -295,7 +295,7 @@ def load_model(args, device, dtype):
     if family == "StableDiffusion3Pipeline" and args.max_sequence_length == 0:
         left_out = {"text_encoder_3": None, "tokenizer_3": None}  # the T5 of SD3
     pipe = from_hub(DiffusionPipeline.from_pretrained, args.model, dtype=dtype, **left_out).to(device)
-    pipe.vae.to(torch.float32, memory_format=torch.channels_last)  # the faster layout of its convolutions
+    pipe.vae.float().to(memory_format=torch.channels_last)  # the faster layout of its convolutions
     transformer = pipe.transformer.requires_grad_(False)
     reference = None
     if args.lora_rank > 0:
