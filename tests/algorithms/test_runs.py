@@ -154,6 +154,7 @@ def test_resume_after_an_interruption_equals_an_uninterrupted_run(small, interru
 
 def test_three_kills_one_during_a_checkpoint_write_change_nothing(small):
     flags = small(num_iterations=6, save_every=1, eval_every=3, num_images_per_prompt=8)
+    Path(flags["output_dir"]).mkdir()  # else it comes and goes while the run checks that it can be written
     expected = metrics(train(Args(**flags | {"output_dir": flags["output_dir"] + "a"})))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 

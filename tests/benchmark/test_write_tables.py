@@ -51,6 +51,21 @@ def test_each_run_stands_beside_the_baselines_of_its_own_fold(results):
     ]
 
 
+def test_the_short_table_compares_means_over_the_same_folds(results):
+    with pytest.raises(SystemExit, match="default runs of promptrl are on other folds"):
+        write_tables.short_table()
+    (results / "promptrl/default/seed-1.json").unlink()
+    assert write_tables.short_table() == [
+        "| test prompts, mean of the folds 0, 1 | strict |",
+        "| --- | --- |",
+        "| nothing is learned: base | 0.500 |",
+        "| nothing is learned: guidance 2 | 0.500 |",
+        "| nothing is learned: scripted | 0.750 |",
+        "| nothing is learned: best of 4 | 0.900 |",
+        "| Flow-GRPO | 0.675 |",
+    ]
+
+
 def test_what_stands_between_the_marks_is_made_anew_and_nothing_else():
     text = "before\n<!-- a -->\nold\n<!-- end -->\nbetween\n<!-- b -->\nkept\n<!-- end -->\n"
     expected = text.replace("old", "new\nlines")
