@@ -52,7 +52,7 @@ def parse_spec(spec):
     """
     entries = {}
     for part in spec.split(","):
-        head, colon, weight = split_entry(part.strip())
+        head, weight = split_entry(part.strip())
         name, at, model = head.partition("@")
         if name not in REGISTRY and not is_function(name):
             known = ", ".join(REGISTRY)
@@ -63,19 +63,23 @@ def parse_spec(spec):
             raise BadInput(f"reward {name!r} is named twice in {spec!r}")
         if at and not model:
             raise BadInput(f"reward {name!r} has no model after its @: give a hub id or a folder")
-        value = parse_weight(name, weight) if colon else 1.0
+        value = 1.0 if weight is None else parse_weight(name, weight)
         entries[name] = value, model
     return entries
 
 
 def split_entry(entry):
-    """(name with its model, ":" or "", weight) of one entry of a spec, all as text."""
-    head, colon, weight = entry.partition(":")
-    module_and_function = ":".join(entry.split(":")[:2])
-    if head.partition("@")[0] not in REGISTRY and is_function(module_and_function):
-        head = module_and_function
-        colon, weight = entry[len(head) : len(head) + 1], entry[len(head) + 1 :]
-    return head, colon, weight
+    """(name with its model, weight) of one entry of a spec, as text; the weight is None where none is given.
+
+    A colon stands before the weight, and also between the module and the function of a reward of one's own.
+    """
+    head, *rest = entry.split(":")
+    is_registered = head.partition("@")[0] in REGISTRY
+    if rest and not is_registered and is_function(f"{head}:{rest[0]}"):
+        function = rest.pop(0)
+        head = f"{head}:{function}"
+    weight = ":".join(rest) if rest else None
+    return head, weight
 
 
 def is_function(name):
@@ -164,7 +168,8 @@ def load_function(name, model):
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name):
+        missing = error.name or ""
+        if module != missing and not module.startswith(missing + "."):
             raise  # the module is there, and what it imports is not
         raise BadInput(
             f"reward {name!r}: there is no module {module!r} in this folder or elsewhere"

@@ -111,6 +111,7 @@ def own_module(tmp_path, monkeypatch):
         "PI = 3.14\n"
     )
     (tmp_path / "own_broken.py").write_text("import a_package_that_is_not_there\n")
+    (tmp_path / "own_broken_too.py").write_text("import own\n")  # a name that the module's begins with
     (tmp_path / "own_faulty.py").write_text("1 / 0\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
@@ -139,6 +140,7 @@ def test_a_function_of_ones_own_is_a_reward():
         ("own_rewards:cold", "own_rewards.py has no function 'cold'"),
         ("own_rewards:PI", "own_rewards.py has no function 'PI'"),
         ("own_broken:warmth", "reward 'own_broken:warmth' failed with ModuleNotFoundError, its traceback"),
+        ("own_broken_too:warmth", "reward 'own_broken_too:warmth' failed with ModuleNotFoundError"),
         ("own_faulty:warmth", "reward 'own_faulty:warmth' failed with ZeroDivisionError, its traceback"),
     ],
 )
