@@ -50,23 +50,21 @@ def fill(flags, seed):
 
 
 def image_scores(run_dir, iteration):
-    """{evaluation: [scores of the rows, for each noise]} of an iteration: strict ones, or else the reward.
-
-    Strict scores are a string of 0 and 1 per noise, and others a list of numbers.
-    """
-    images = {}
+    """{evaluation: [scores of the rows, for each noise]} of an iteration: strict ones, or else the reward."""
+    evaluations = {}
     for line in (run_dir / "scores" / f"{iteration:06d}.jsonl").read_text().splitlines():
         image = json.loads(line)
-        noises = images.setdefault(image["evaluation"], {})
+        noises = evaluations.setdefault(image["evaluation"], {})
         score = image.get("geneval_strict", image["reward"])
         noises.setdefault(image["noise"], []).append(score)
-        is_strict = "geneval_strict" in image
-    for evaluation, noises in images.items():
-        if is_strict:
-            images[evaluation] = ["".join(str(int(score)) for score in scores) for scores in noises.values()]
-        else:
-            images[evaluation] = [[round(score, 4) for score in scores] for scores in noises.values()]
-    return images
+    return {name: [shortened(scores) for scores in noises.values()] for name, noises in evaluations.items()}
+
+
+def shortened(scores):
+    """Scores that are all 0 or 1 as a string of these digits; others rounded. None is an unscored image."""
+    if all(score in (0, 1) for score in scores):
+        return "".join(str(int(score)) for score in scores)
+    return [None if score is None else round(score, 4) for score in scores]
 
 
 def contents_of(run_dir):

@@ -64,6 +64,18 @@ def test_each_seed_leaves_a_record_and_is_not_run_twice(script, tmp_path, capsys
     assert capsys.readouterr().out.count("is not run") == 2
 
 
+@pytest.mark.parametrize(
+    "scores, expected",
+    [
+        ([1.0, 0.0, 1.0], "101"),
+        ([1.0, None, 0.0], [1.0, None, 0.0]),
+        ([0.123456, 1.0], [0.1235, 1.0]),
+    ],
+)
+def test_scores_are_kept_short_and_unscored_images_stay(scores, expected):
+    assert run_seeds.shortened(scores) == expected
+
+
 def test_a_run_that_fails_ends_in_one_line(script, tmp_path):
     words = ["s", script, "--seeds", "1", "--results", str(tmp_path / "records"), "--", "--fail"]
     with pytest.raises(SystemExit, match="--fail --seed 1 failed with exit code 3"):
