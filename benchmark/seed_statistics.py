@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmark.inference import cost_to_reach
+
 SCORE = "eval/geneval_strict"
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RESAMPLES = 2000
@@ -71,18 +73,6 @@ def interquartile_mean(values, axis=None):
     return (values * weights).sum() / weights.sum()
 
 
-def images_to_reach(images, scores, target):
-    """Images at which a curve, linear between its points, first has the target. inf if it never has."""
-    for i, score in enumerate(scores):
-        if score < target:
-            continue
-        if i == 0:
-            return images[0]
-        slope = (score - scores[i - 1]) / (images[i] - images[i - 1])
-        return images[i] - (score - target) / slope
-    return np.inf
-
-
 def efficiency(runs, baseline, score=SCORE):
     """Images to the baseline's final strict score, as a share of all its images: (estimate, low, high).
 
@@ -95,7 +85,7 @@ def efficiency(runs, baseline, score=SCORE):
     targets = targets[:, -1]
 
     def share(scores, targets):
-        return images_to_reach(images, scores.mean(0), targets.mean()) / budget
+        return cost_to_reach(images, scores.mean(0), targets.mean()) / budget
 
     rng = np.random.default_rng(0)
     shares = []

@@ -22,14 +22,14 @@ def test_curves_end_where_the_shortest_run_does(make_run):
 @pytest.mark.parametrize(
     "target, expected", [(0.4, 0.0), (0.45, 50.0), (0.6, 125.0), (0.8, 175.0), (0.81, np.inf), (0.3, 0.0)]
 )
-def test_images_to_reach_interpolates_the_first_crossing(target, expected):
+def test_cost_to_reach_interpolates_the_first_crossing(target, expected):
     # up, down and up again: 0.6 is first passed between 100 and 150
     images, scores = [0, 100, 150, 175], [0.4, 0.5, 0.7, 0.8]
-    assert seed_statistics.images_to_reach(images, scores, target) == pytest.approx(expected)
+    assert seed_statistics.cost_to_reach(images, scores, target) == pytest.approx(expected)
 
 
-def test_images_to_reach_takes_the_first_of_several_crossings():
-    assert seed_statistics.images_to_reach([0, 10, 20, 30], [0.0, 1.0, 0.0, 1.0], 0.5) == pytest.approx(5)
+def test_cost_to_reach_takes_the_first_of_several_crossings():
+    assert seed_statistics.cost_to_reach([0, 10, 20, 30], [0.0, 1.0, 0.0, 1.0], 0.5) == pytest.approx(5)
 
 
 def test_efficiency_of_a_method_that_is_twice_as_fast(make_run):
