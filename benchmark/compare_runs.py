@@ -10,6 +10,7 @@ several seeds of each: benchmark/run_seeds.py.
 import argparse
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.figure
 
@@ -36,39 +37,70 @@ def find_score(rows, name, folder):
     raise SystemExit(f"{folder} has no score {name!r}, but {', '.join(sorted(known))}")
 
 
+class Curve(NamedTuple):
+    """A run's evaluations, in their order."""
+
+    metric: str  # such as eval/reward_enhanced
+    images: list  # sampled so far
+    minutes: list  # of training so far
+    scores: list
+
+
+def read_curve(folder, name):
+    """The Curve of a run. Images that could not be scored leave out an evaluation, and not its time."""
+    rows = read_metrics(folder)
+    metric = find_score(rows, name, folder)
+    curve = Curve(metric, [], [], [])
+    for images, seconds, score in zip(*evaluations({"metrics": rows}, metric)):
+        if score is not None:
+            curve.images.append(images)
+            curve.minutes.append(seconds / 60)
+            curve.scores.append(score)
+    if not curve.scores:
+        raise SystemExit(f"{folder} has no evaluation whose {metric} is a number")
+    return curve
+
+
 def compare(folders, name):
-    """{label: (metric, images, minutes, scores)}. A label is the name of the folder, if that is unique."""
+    """{label: Curve} of runs. A label is the name of the folder, or its path where names are equal."""
     names = [Path(folder).resolve().name for folder in folders]
     curves = {}
     for folder, own_name in zip(folders, names):
-        rows = read_metrics(folder)
-        metric = find_score(rows, name, folder)
-        points = [point for point in zip(*evaluations({"metrics": rows}, metric)) if point[2] is not None]
-        images, seconds, scores = (list(values) for values in zip(*points))
-        label = own_name if names.count(own_name) == 1 else str(folder)
-        curves[label] = metric, images, [value / 60 for value in seconds], scores
+        is_unique = names.count(own_name) == 1
+        label = own_name if is_unique else str(folder)
+        curves[label] = read_curve(folder, name)
     return curves
 
 
 def comparison_table(curves):
     """Lines of a table, the best run first."""
+    best_first = sorted(curves.items(), key=lambda item: -item[1].scores[-1])
     rows = []
-    for label, (metric, images, minutes, scores) in curves.items():
-        change = f"{scores[-1] - scores[0]:+.3f}"
-        cells = [label, metric, f"{scores[0]:.3f}", f"{scores[-1]:.3f}", change]
-        rows.append((scores[-1], [*cells, f"{images[-1]:,}", f"{minutes[-1]:.1f}"]))
-    rows.sort(key=lambda row: -row[0])
+    for label, curve in best_first:
+        first = curve.scores[0]
+        last = curve.scores[-1]
+        rows.append(
+            [
+                label,
+                curve.metric,
+                f"{first:.3f}",
+                f"{last:.3f}",
+                f"{last - first:+.3f}",
+                f"{curve.images[-1]:,}",
+                f"{curve.minutes[-1]:.1f}",
+            ]
+        )
     head = ["run", "score", "first", "last", "change", "images", "minutes"]
-    return table(head, [cells for _, cells in rows])
+    return table(head, rows)
 
 
 def save_curves(path, curves, name):
     """A picture with a curve per run: over images on the left, over minutes of training on the right."""
     figure = matplotlib.figure.Figure(figsize=(11, 4))
     left, right = figure.subplots(1, 2, sharey=True)
-    for label, (_, images, minutes, scores) in curves.items():
-        left.plot(images, scores, ".-", label=label)
-        right.plot(minutes, scores, ".-", label=label)
+    for label, curve in curves.items():
+        left.plot(curve.images, curve.scores, ".-", label=label)
+        right.plot(curve.minutes, curve.scores, ".-", label=label)
     left.set(xlabel="images sampled", ylabel=f"{name} of the held-out prompts")
     right.set(xlabel="minutes of training")
     for axes in (left, right):

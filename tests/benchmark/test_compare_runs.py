@@ -60,5 +60,7 @@ def test_the_picture_has_both_runs(make_folder, tmp_path):
 def test_what_is_no_run_is_named(make_folder, tmp_path):
     with pytest.raises(SystemExit, match="nothing is no run: it has no metrics.jsonl"):
         compare_runs.compare([str(tmp_path / "nothing")], "reward")
+    with pytest.raises(SystemExit, match="b has no evaluation whose eval/reward is a number"):
+        compare_runs.compare([make_folder("b", reward=(None, None, None))], "reward")
     with pytest.raises(SystemExit, match="a has no score 'ocr', but eval/reward"):
         compare_runs.compare([make_folder("a", reward=(0, 0, 1))], "ocr")
