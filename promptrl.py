@@ -200,7 +200,7 @@ class Args:
     """Iterations, each with one rollout and one optimiser step."""
     learning_rate: Annotated[float, Range(0, 1)] = 6e-4
     """Learning rate of AdamW for the flow model, annealed linearly to zero over the run."""
-    lm_learning_rate: Annotated[float, Range(0, 1)] = 1e-3
+    lm_learning_rate: Annotated[float, Range(0, 1)] = 2e-3
     """Learning rate of AdamW for the language model, annealed in the same way."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients with a larger norm are scaled down to this norm, for each model by itself."""
