@@ -163,7 +163,7 @@ class Args:
     trained step."""
 
     # Optimisation
-    num_iterations: NonNegativeInt = 64
+    num_iterations: NonNegativeInt = 96
     """Iterations, each with one rollout."""
     num_updates_per_iteration: PositiveInt = 1
     """U, optimiser steps per rollout. Each uses a different 1/U of all (image, step) tuples."""
