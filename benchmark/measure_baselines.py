@@ -10,9 +10,12 @@ None of these learns anything:
     best of 4, best of 16   the image with the best reward out of so many, which asks the reward at every use
     paraphrased, hard       other wordings of the same rows, at guidance 1
 
+The texts of the fold are measured apart, by the OCR reward, at guidance 1, 1.5, 2 and 3.
+
 Every setting is measured with several initial noises. The base is measured with twenty, to show how much one
 noise matters. benchmark/results/baselines/<model>/fold-<fold>-<split>.json holds the score of every image:
 per setting a list with one string per noise, which has a 1 for each row that fulfils its prompt exactly.
+Under "ocr" it holds the mean score of the texts at each guidance scale.
 """
 
 import argparse
@@ -20,7 +23,6 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
 
@@ -35,6 +37,7 @@ NUM_INFERENCE_STEPS = 10
 BATCH_SIZE = 64
 NUM_BASE_NOISES = 20
 BEST_OF = (4, 16)
+GUIDANCE_SCALES = (1.5, 2.0, 3.0)
 
 
 def scripted_prompts(metadata):
@@ -44,20 +47,20 @@ def scripted_prompts(metadata):
 
 
 class Scorer:
-    """Draws one image for each row of a prompt file, and scores it."""
+    """Draws one image for each row of a prompt file, and scores it by a reward."""
 
-    def __init__(self, folder, file):
+    def __init__(self, folder, file, reward_name):
         self.pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32, **NO_T5)
         self.pipe.set_progress_bar_config(disable=True)
         self.metadata = file.metadata
-        self.reward = rewards.build("geneval", file.prompts, file.metadata, "cpu")
+        self.reward = rewards.build(reward_name, file.prompts, file.metadata, "cpu")
         side = self.pipe.transformer.config.sample_size
         self.latent_shape = (self.pipe.transformer.config.in_channels, side, side)
 
     @torch.no_grad()
     def scores(self, prompts, guidance_scale, noise_number):
-        """(reward (rows,), strict (rows,)). The noises 0, 1, ... of a row are those of --eval-noises."""
-        parts = []
+        """{name: (rows,)} of the reward's scores. The noises 0, 1, ... of a row are those of --eval-noises."""
+        parts = {}
         for first in range(0, len(prompts), BATCH_SIZE):
             rows = range(first, min(first + BATCH_SIZE, len(prompts)))
             numbers = [noise_number * len(prompts) + row for row in rows]
@@ -73,13 +76,13 @@ class Scorer:
             details = self.reward.details(
                 images, [prompts[row] for row in rows], [self.metadata[row] for row in rows]
             )
-            parts.append(torch.stack([details["geneval"], details["geneval_strict"]]))
-        reward, strict = torch.cat(parts, dim=1)
-        return reward, strict
+            for name, values in details.items():
+                parts.setdefault(name, []).append(values)
+        return {name: torch.cat(values) for name, values in parts.items()}
 
-    def strict(self, prompts, guidance_scale, num_noises):
-        """The strict scores of several noises: (noises, rows)."""
-        scores = [self.scores(prompts, guidance_scale, number)[1] for number in range(num_noises)]
+    def scores_of_noises(self, prompts, guidance_scale, num_noises, name):
+        """One score of the reward for several noises: (noises, rows)."""
+        scores = [self.scores(prompts, guidance_scale, number)[name] for number in range(num_noises)]
         return torch.stack(scores)
 
 
@@ -110,34 +113,52 @@ def means_of_tags(strict, tags):
 
 
 def measure(model, fold, split, num_noises):
-    """{setting: (noises, rows) strict scores}."""
+    """{setting: (noises, rows) strict scores}, and the tag of each row."""
     folder = splits.PROMPTS / f"fold_{fold}"
     file = load_prompts(folder / f"{split}.jsonl")
-    scorer = Scorer(model, file)
+    scorer = Scorer(model, file, "geneval")
     settings = {}
 
+    def add(name, prompts, guidance_scale):
+        settings[name] = scorer.scores_of_noises(prompts, guidance_scale, num_noises, "geneval_strict")
+        show(name, settings[name])
+
     many = [scorer.scores(file.prompts, 1.0, number) for number in range(NUM_BASE_NOISES)]
-    rewards_of_images = torch.stack([reward for reward, _ in many])
-    strict = torch.stack([exact for _, exact in many])
+    rewards_of_images = torch.stack([scores["geneval"] for scores in many])
+    strict = torch.stack([scores["geneval_strict"] for scores in many])
     settings["base"] = strict
     show("base", strict)
-    for guidance_scale in (1.5, 2.0, 3.0):
-        name = f"guidance {guidance_scale:g}"
-        settings[name] = scorer.strict(file.prompts, guidance_scale, num_noises)
-        show(name, settings[name])
+    for guidance_scale in GUIDANCE_SCALES:
+        add(f"guidance {guidance_scale:g}", file.prompts, guidance_scale)
     scripted = scripted_prompts(file.metadata)
-    settings["scripted"] = scorer.strict(scripted, 1.0, num_noises)
-    show("scripted", settings["scripted"])
-    settings["scripted, guidance 2"] = scorer.strict(scripted, 2.0, num_noises)
-    show("scripted, guidance 2", settings["scripted, guidance 2"])
+    add("scripted", scripted, 1.0)
+    add("scripted, guidance 2", scripted, 2.0)
     for count in BEST_OF:
         settings[f"best of {count}"] = best_of(rewards_of_images, strict, count)
         show(f"best of {count}", settings[f"best of {count}"])
     for ending in ("paraphrased", "hard"):
         other = load_prompts(folder / f"{split}_{ending}.jsonl")
-        settings[ending] = scorer.strict(other.prompts, 1.0, num_noises)
-        show(ending, settings[ending])
+        add(ending, other.prompts, 1.0)
     return settings, [row["tag"] for row in file.metadata]
+
+
+def measure_texts(model, fold, split, num_noises):
+    """{guidance scale: (noises, rows) OCR scores} of the fold's texts."""
+    file = load_prompts(splits.PROMPTS / f"fold_{fold}" / f"text_{split}.jsonl")
+    scorer = Scorer(model, file, "ocr")
+    scores = {}
+    for guidance_scale in (1.0, *GUIDANCE_SCALES):
+        own = scorer.scores_of_noises(file.prompts, guidance_scale, num_noises, "ocr")
+        scores[guidance_scale] = own
+        show(f"OCR, guidance {guidance_scale:g}", own)
+    return scores
+
+
+def mean_and_spread(scores):
+    """(mean, standard deviation of the noises' means or None) of scores (noises, rows)."""
+    per_noise = scores.mean(dim=1)
+    spread = round(per_noise.std().item(), 4) if len(per_noise) > 1 else None
+    return round(scores.mean().item(), 4), spread
 
 
 def show(name, strict):
@@ -158,6 +179,7 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     args = parser.parse_args()
     settings, tags = measure(args.model, args.fold, args.split, args.noises)
+    texts = measure_texts(args.model, args.fold, args.split, args.noises)
     record = {
         "command": f"python -m benchmark.measure_baselines --model {args.model} --fold {args.fold} "
         f"--split {args.split} --noises {args.noises}"
@@ -165,13 +187,17 @@ if __name__ == "__main__":
     record |= circumstances(torch.get_num_threads())
     record["settings"] = {}
     for name, strict in settings.items():
-        per_noise = strict.mean(dim=1).numpy()
+        mean, spread = mean_and_spread(strict)
         record["settings"][name] = {
-            "strict": round(strict.mean().item(), 4),
-            "std_over_noises": round(float(np.std(per_noise, ddof=1)), 4) if len(per_noise) > 1 else None,
+            "strict": mean,
+            "std_over_noises": spread,
             "tags": means_of_tags(strict, tags),
             "images": as_bits(strict),
         }
+    record["ocr"] = {}
+    for guidance_scale, scores in texts.items():
+        mean, spread = mean_and_spread(scores)
+        record["ocr"][f"{guidance_scale:g}"] = {"mean": mean, "std_over_noises": spread}
     path = args.results / "baselines" / Path(args.model).name / f"fold-{args.fold}-{args.split}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=0) + "\n")

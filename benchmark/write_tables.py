@@ -1,4 +1,4 @@
-"""Writes the tables of the second edition into README.md, docs/results.md and tiny/README.md.
+"""Writes the tables of the second edition into README.md, docs/results.md and the pages of tiny/.
 
     python -m benchmark.write_tables
 
@@ -16,7 +16,12 @@ from benchmark.markdown import table
 from benchmark.records import RESULTS, ROOT
 from rewards.geneval.detection import TAGS
 
-DOCUMENTS = ("README.md", "docs/results.md", "tiny/README.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/results.md",
+    "tiny/README.md",
+    "tiny/sd3b/README.md",
+)
 ALGORITHMS = {
     "flow_grpo": "Flow-GRPO",
     "superflow": "SuperFlow",
@@ -70,6 +75,17 @@ def baselines_table(model, split):
     record = read_baselines(model, split)
     head = ["nothing is learned", "strict", "std over noises (number)", *TAGS]
     return table(head, baseline_rows(record)) + ["", source_of(record)]
+
+
+def texts_table(models):
+    """A table of what models score on the texts of the development split, by OCR, at each guidance scale."""
+    records = {model: read_baselines(model, "dev") for model in models}
+    scales = list(records[models[0]]["ocr"])
+    rows = []
+    for model, record in records.items():
+        cells = [f"{own['mean']:.3f} ({own['std_over_noises']:.3f})" for own in record["ocr"].values()]
+        rows.append([f"tiny/{model}", *cells])
+    return table(["OCR, mean (std over noises)", *[f"guidance {scale}" for scale in scales]], rows)
 
 
 def read_default_runs():
@@ -199,6 +215,8 @@ def write_tables():
         "results": short_table(),
         "baselines": baselines_table("sd3", "test"),
         "baselines on dev": baselines_table("sd3", "dev"),
+        "second model on dev": baselines_table("sd3b", "dev"),
+        "texts on dev": texts_table(["sd3", "sd3b"]),
         "default runs": runs_table(),
         "trials": trials_table(),
     }
