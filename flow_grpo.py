@@ -164,7 +164,7 @@ class Args:
     """Iterations, each with one rollout."""
     num_updates_per_iteration: PositiveInt = 2
     """U, optimiser steps per rollout. Each uses a different 1/U of the prompts."""
-    learning_rate: Annotated[float, Range(0, 1)] = 3e-4
+    learning_rate: Annotated[float, Range(0, 1)] = 2e-4
     """Learning rate of AdamW, annealed linearly to zero over the run."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients with a larger norm are scaled down to this norm."""
