@@ -59,7 +59,7 @@ class Scorer:
 
     @torch.no_grad()
     def scores(self, prompts, guidance_scale, noise_number):
-        """{name: (rows,)} of the reward's scores. The noises 0, 1, ... of a row are those of --eval-noises."""
+        """The reward's scores, {name: (rows,)}. The noises 0, 1, ... of a row are those of --eval-noises."""
         parts = {}
         for first in range(0, len(prompts), BATCH_SIZE):
             rows = range(first, min(first + BATCH_SIZE, len(prompts)))

@@ -112,7 +112,8 @@ def run_rows(runs):
         for record in records:
             fold = fold_of_run(record)
             settings = read_baselines("sd3", "test", fold)["settings"]
-            _, after = evaluated(record, score)
+            before, after = evaluated(record, score)
+            scripted = settings["scripted"]["strict"]
             best = best_guidance(settings)
             rows.append(
                 [
@@ -121,9 +122,11 @@ def run_rows(runs):
                     str(fold),
                     f"{settings['base']['strict']:.3f}",
                     f"{best:.3f}",
-                    f"{settings['scripted']['strict']:.3f}",
+                    f"{scripted:.3f}",
+                    f"{before:.3f}",
                     f"{after:.3f}",
                     f"{after - best:+.3f}",
+                    f"{after - scripted:+.3f}",
                     f"{record['metrics'][-1]['charts/num_images']:,}",
                     f"{record['seconds'] / 60:.1f}",
                 ]
@@ -135,7 +138,8 @@ def runs_table():
     """A table of the default runs, with their sources."""
     runs = read_default_runs()
     head = ["default run", "seed", "fold", "base", "base at its best guidance", "scripted"]
-    head += ["after training", "above the best guidance", "images", "minutes"]
+    head += ["before training", "after training", "above the best guidance", "above scripted"]
+    head += ["images", "minutes"]
     lines = table(head, run_rows(runs)) + [""]
     lines += ["- " + source_of(record) for records in runs.values() for record in records]
     return lines
@@ -152,11 +156,20 @@ def read_trials():
     return trials
 
 
-def own_flags(command):
-    """The flags of a trial that change how it trains, without the seed and the number of iterations."""
+def own_flags(record):
+    """The flags of a trial that change how it trains, without the seed and the number of iterations.
+
+    The learning rate is among them, whether it was a flag or the default of the commit.
+    """
+    command = record["command"]
     for flag in (*TRIAL_FLAGS, "--seed"):
         command = re.sub(rf"{flag} \S+", "", command)
-    return " ".join(command.split()[2:]) or "none"
+    flags = command.split()[2:]
+    name = "lm_learning_rate" if "lm_learning_rate" in record["args"] else "learning_rate"
+    flag = "--" + name.replace("_", "-")
+    if flag not in flags:
+        flags = [flag, f"{record['args'][name]:.1e}".replace("e-0", "e-").replace(".0e", "e"), *flags]
+    return " ".join(flags)
 
 
 def trials_table():
@@ -169,7 +182,7 @@ def trials_table():
             before, after = np.array([evaluated(record, score) for record in records]).T
             cells = [
                 ALGORITHMS[algorithm],
-                f"`{own_flags(records[0]['command'])}`",
+                f"`{own_flags(records[0])}`",
                 records[0]["commit"],
                 ", ".join(str(record["seed"]) for record in records),
                 f"{records[0]['metrics'][-1]['charts/num_images']:,}",

@@ -45,9 +45,48 @@ def results(tmp_path, monkeypatch):
 def test_each_run_stands_beside_the_baselines_of_its_own_fold(results):
     rows = write_tables.run_rows(write_tables.read_default_runs())
     assert rows == [
-        ["Flow-GRPO", "1", "0", "0.500", "0.500", "0.800", "0.700", "+0.200", "1,000", "1.5"],
-        ["Flow-GRPO", "2", "1", "0.500", "0.600", "0.700", "0.650", "+0.050", "1,000", "1.5"],
-        ["PromptRL", "1", "0", "0.500", "0.500", "0.800", "0.900", "+0.400", "2,000", "1.5"],
+        [
+            "Flow-GRPO",
+            "1",
+            "0",
+            "0.500",
+            "0.500",
+            "0.800",
+            "0.500",
+            "0.700",
+            "+0.200",
+            "-0.100",
+            "1,000",
+            "1.5",
+        ],
+        [
+            "Flow-GRPO",
+            "2",
+            "1",
+            "0.500",
+            "0.600",
+            "0.700",
+            "0.500",
+            "0.650",
+            "+0.050",
+            "-0.050",
+            "1,000",
+            "1.5",
+        ],
+        [
+            "PromptRL",
+            "1",
+            "0",
+            "0.500",
+            "0.500",
+            "0.800",
+            "0.400",
+            "0.900",
+            "+0.400",
+            "+0.100",
+            "2,000",
+            "1.5",
+        ],
     ]
 
 
@@ -79,11 +118,40 @@ def test_trials_are_sorted_by_their_score_and_say_what_they_changed(results):
         path = results / "trials" / "flow_grpo" / rate / f"seed-{seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         record = run("flow_grpo", seed, command.format(rate, seed), "eval/geneval_strict", (0.4, after))
+        record["args"] = {"learning_rate": float(rate)}
         path.write_text(json.dumps(record))
     lines = write_tables.trials_table()
     assert lines[2:] == [
         "| Flow-GRPO | `--learning-rate 1e-4` | abc | 11 | 1,000 | 0.400 | 0.500 | 0.500 |",
         "| Flow-GRPO | `--learning-rate 1e-3` | abc | 11, 12 | 1,000 | 0.400 | 0.600, 0.700 | 0.650 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    "args, flags, expected",
+    [
+        ({"learning_rate": 3e-4}, "", "--learning-rate 3e-4"),
+        ({"learning_rate": 1.6e-3}, "--noise-level 1.0", "--learning-rate 1.6e-3 --noise-level 1.0"),
+        ({"learning_rate": 1e-4}, "--learning-rate 1e-4 --lora-rank 8", "--learning-rate 1e-4 --lora-rank 8"),
+        ({"learning_rate": 1e-4, "lm_learning_rate": 2e-3}, "", "--lm-learning-rate 2e-3"),
+    ],
+)
+def test_a_trial_shows_its_learning_rate_even_where_it_was_the_default(args, flags, expected):
+    command = f"python flow_grpo.py --num-iterations 16 --seed 11 {flags}"
+    assert write_tables.own_flags({"command": command, "args": args}) == expected
+
+
+def test_texts_have_a_row_for_each_model(results):
+    for model, mean in (("sd3", 0.125), ("sd3b", 0.0625)):
+        path = results / "baselines" / model / "fold-0-dev.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scores = {"1": {"mean": mean, "std_over_noises": 0.01}, "2": {"mean": 0.05, "std_over_noises": 0.002}}
+        path.write_text(json.dumps({"ocr": scores}))
+    assert write_tables.texts_table(["sd3", "sd3b"]) == [
+        "| OCR, mean (std over noises) | guidance 1 | guidance 2 |",
+        "| --- | --- | --- |",
+        "| tiny/sd3 | 0.125 (0.010) | 0.050 (0.002) |",
+        "| tiny/sd3b | 0.062 (0.010) | 0.050 (0.002) |",
     ]
 
 
