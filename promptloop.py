@@ -102,9 +102,11 @@ class Args:
     """Run folder whose trained policy is evaluated with the image model given here. Nothing is trained.
     --lm, --lm-lora-rank, --ask, --preview-size and --max-new-tokens are read from that run."""
     eval_every: PositiveInt = 12
-    """Iterations between evaluations. Paraphrases are evaluated before and after the training only."""
+    """Iterations between evaluations. The model is evaluated before and after the training, too."""
     eval_noises: PositiveInt = 1
     """Images drawn for each held-out prompt, from as many noises."""
+    eval_wordings: bool = False
+    """Also evaluate other wordings of the held-out prompts, paraphrased and hard, before and after."""
     eval_seed: Seed = 0
     """Seeds these noises: runs with the same number draw their held-out images from the same noises."""
     save_every: PositiveInt = 12
@@ -1243,6 +1245,8 @@ def train(args):
                 name + "_loop", loop, file, reward, args.micro_batch_size, args.eval_noises
             )
             evaluations.append(in_loop)
+            if iteration > 0 and not is_last:  # on the way, the score of the loop is enough
+                continue
             name = name + "_apriori"
             if args.feedback == "none" or args.num_refinements == 1:  # no preview was seen in the loop either
                 evaluation = in_loop._replace(name=name)

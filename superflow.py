@@ -101,9 +101,11 @@ class Args:
     resume_anyway: bool = False
     """Resume even if the script, the prompt files or the model have changed since the run began."""
     eval_every: PositiveInt = 16
-    """Iterations between evaluations. Paraphrases are evaluated before and after the training only."""
+    """Iterations between evaluations. The model is evaluated before and after the training, too."""
     eval_noises: PositiveInt = 1
     """Images drawn for each held-out prompt, from as many noises."""
+    eval_wordings: bool = False
+    """Also evaluate other wordings of the held-out prompts, paraphrased and hard, before and after."""
     eval_seed: Seed = 0
     """Seeds these noises: runs with the same number draw their held-out images from the same noises."""
     save_every: PositiveInt = 16

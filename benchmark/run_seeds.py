@@ -10,7 +10,8 @@ that was evaluated first and last. The runs themselves are in runs/benchmark/.
 In the flags, {seed} stands for the seed, and {fold} for a fold of the tiny world: seed 1 has fold 0, seed 2
 has fold 1, and so on. So an average over seeds is an average over prompts and noises, too:
 
-    python -m benchmark.run_seeds flow_grpo/default flow_grpo.py -- --eval-noises 4 --eval-seed {seed} \\
+    python -m benchmark.run_seeds flow_grpo/default flow_grpo.py -- \\
+        --eval-noises 4 --eval-seed {seed} --eval-wordings \\
         --prompts tiny/prompts/fold_{fold}/train.jsonl --eval-prompts tiny/prompts/fold_{fold}/test.jsonl
 
 A seed that has a record is not run again, so an interrupted command can be given once more. In a clone of

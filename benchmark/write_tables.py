@@ -88,11 +88,15 @@ def texts_table(models):
     return table(["OCR, mean (std over noises)", *[f"guidance {scale}" for scale in scales]], rows)
 
 
-def read_default_runs():
-    """{algorithm: the records of its default runs}, of those that were measured."""
+def read_test_runs(settings):
+    """{algorithm: the records of its runs on test prompts}, of those that were measured.
+
+    settings: a pattern of the folders' names: "default", or "superseded_*" for defaults that were replaced
+    after they had been run on the test prompts.
+    """
     runs = {}
     for algorithm in ALGORITHMS:
-        paths = sorted((RESULTS / algorithm / "default").glob("seed-*.json"))
+        paths = sorted((RESULTS / algorithm).glob(f"{settings}/seed-*.json"))
         if paths:
             runs[algorithm] = [json.loads(path.read_text()) for path in paths]
     return runs
@@ -134,10 +138,10 @@ def run_rows(runs):
     return rows
 
 
-def runs_table():
-    """A table of the default runs, with their sources."""
-    runs = read_default_runs()
-    head = ["default run", "seed", "fold", "base", "base at its best guidance", "scripted"]
+def runs_table(settings):
+    """A table of runs on test prompts, with their sources."""
+    runs = read_test_runs(settings)
+    head = ["run", "seed", "fold", "base", "base at its best guidance", "scripted"]
     head += ["before training", "after training", "above the best guidance", "above scripted"]
     head += ["images", "minutes"]
     lines = table(head, run_rows(runs)) + [""]
@@ -199,7 +203,7 @@ def trials_table():
 
 def short_table():
     """The README's table: the baselines in one column, and what the default runs reach, on the same folds."""
-    runs = read_default_runs()
+    runs = read_test_runs("default")
     folds = sorted({fold_of_run(record) for records in runs.values() for record in records})
     settings = [read_baselines("sd3", "test", fold)["settings"] for fold in folds]
     rows = []
@@ -230,7 +234,8 @@ def write_tables():
         "baselines on dev": baselines_table("sd3", "dev"),
         "second model on dev": baselines_table("sd3b", "dev"),
         "texts on dev": texts_table(["sd3", "sd3b"]),
-        "default runs": runs_table(),
+        "default runs": runs_table("default"),
+        "superseded runs": runs_table("superseded_*"),
         "trials": trials_table(),
     }
     for name in DOCUMENTS:

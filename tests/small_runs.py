@@ -27,7 +27,11 @@ def command(script, flags):
     """The command line that runs a script of the root with these flags."""
     words = [sys.executable, script]
     for name, value in flags.items():
-        words += ["--" + name.replace("_", "-"), str(value)]
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):  # a switch: --flag or --no-flag
+            words.append("--" + flag if value else "--no-" + flag)
+        else:
+            words += ["--" + flag, str(value)]
     return words
 
 

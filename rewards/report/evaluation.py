@@ -63,13 +63,13 @@ def shown_rows(num_rows, num_shown):
 def files_to_evaluate(prompt_files, iteration, args):
     """{name: PromptFile} of the prompt files that are evaluated at an iteration; often there are none.
 
-    The held-out prompts are evaluated every --eval-every iterations, and before and after the training. Their
-    other wordings, paraphrased and hard, are evaluated before and after only: evaluating should cost little
-    beside training.
+    The held-out prompts are evaluated every --eval-every iterations, and before and after the training. With
+    --eval-wordings, their other wordings are evaluated before and after, too.
     """
-    if iteration in (0, args.num_iterations):
+    is_first_or_last = iteration in (0, args.num_iterations)
+    if is_first_or_last and args.eval_wordings:
         return prompt_files
-    if iteration % args.eval_every == 0:
+    if is_first_or_last or iteration % args.eval_every == 0:
         return {"eval": prompt_files["eval"]}
     return {}
 

@@ -37,6 +37,7 @@ def small(small, write_prompts):
         num_images_per_prompt=3,
         num_iterations=4,
         eval_every=2,
+        eval_wordings=True,
         save_every=2,
     )
     return lambda **changes: small(**flags | changes)

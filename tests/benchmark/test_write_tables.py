@@ -43,7 +43,7 @@ def results(tmp_path, monkeypatch):
 
 
 def test_each_run_stands_beside_the_baselines_of_its_own_fold(results):
-    rows = write_tables.run_rows(write_tables.read_default_runs())
+    rows = write_tables.run_rows(write_tables.read_test_runs("default"))
     assert rows == [
         [
             "Flow-GRPO",
@@ -88,6 +88,17 @@ def test_each_run_stands_beside_the_baselines_of_its_own_fold(results):
             "1.5",
         ],
     ]
+
+
+def test_replaced_defaults_have_a_table_of_their_own(results):
+    default = results / "flow_grpo/default/seed-1.json"
+    for name in ("superseded_1", "superseded_2"):
+        path = results / "flow_grpo" / name / "seed-1.json"
+        path.parent.mkdir()
+        path.write_text(default.read_text().replace("0.7", "0.55" if name == "superseded_1" else "0.6"))
+    runs = write_tables.read_test_runs("superseded_*")
+    assert [row[7] for row in write_tables.run_rows(runs)] == ["0.550", "0.600"]
+    assert [row[7] for row in write_tables.run_rows(write_tables.read_test_runs("default"))][0] == "0.700"
 
 
 def test_the_short_table_compares_means_over_the_same_folds(results):

@@ -20,6 +20,7 @@ SMALL = {
     "num_refinements": 1,
     "max_new_tokens": 4,
     "micro_batch_size": 8,
+    "eval_wordings": True,
 }
 
 

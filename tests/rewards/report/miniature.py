@@ -17,6 +17,7 @@ class Args:
     resume: str = ""
     resume_anyway: bool = False
     eval_every: PositiveInt = 2
+    eval_wordings: bool = True
     save_every: PositiveInt = 1
     track: bool = False
     wandb_project_name: str = "flow-rl"

@@ -245,18 +245,19 @@ def test_only_what_is_shown_is_kept_in_memory():
             assert picture.untyped_storage().nbytes() == 3 * 4 * 4 * 4  # not of a whole batch
 
 
-def test_paraphrases_are_evaluated_before_and_after_only():
-    args = miniature.Args(num_iterations=10, eval_every=4)
+@pytest.mark.parametrize("eval_wordings", [False, True])
+def test_other_wordings_are_evaluated_where_they_are_asked_for_before_and_after_only(eval_wordings):
+    args = miniature.Args(num_iterations=10, eval_every=4, eval_wordings=eval_wordings)
     files = {"eval": "a file", "eval_hard": "another"}
     names = {}
     for iteration in range(11):
         names[iteration] = list(report.files_to_evaluate(files, iteration, args))
-    both = ["eval", "eval_hard"]
+    ends = ["eval", "eval_hard"] if eval_wordings else ["eval"]
     assert {iteration: own for iteration, own in names.items() if own} == {
-        0: both,
+        0: ends,
         4: ["eval"],
         8: ["eval"],
-        10: both,
+        10: ends,
     }
 
 
