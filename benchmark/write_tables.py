@@ -238,6 +238,10 @@ def write_tables():
         "superseded runs": runs_table("superseded_*"),
         "trials": trials_table(),
     }
+    texts = "".join((ROOT / name).read_text() for name in DOCUMENTS)
+    for table_name in tables:
+        if f"<!-- {table_name} -->" not in texts:
+            raise SystemExit(f"no document has a place for the table: {table_name}")
     for name in DOCUMENTS:
         path = ROOT / name
         text = path.read_text()

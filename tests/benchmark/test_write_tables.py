@@ -169,3 +169,13 @@ def test_texts_have_a_row_for_each_model(results):
 def test_a_run_that_was_not_evaluated_on_test_prompts_is_in_no_table():
     with pytest.raises(SystemExit, match="not evaluated on the test prompts of a fold: python flow_grpo.py"):
         write_tables.fold_of_run({"command": "python flow_grpo.py --seed 1"})
+
+
+def test_a_table_that_has_no_place_is_found(tmp_path, monkeypatch):
+    for name in write_tables.DOCUMENTS:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text((write_tables.ROOT / name).read_text().replace("<!-- texts on dev -->", ""))
+    monkeypatch.setattr(write_tables, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="no document has a place for the table: texts on dev"):
+        write_tables.write_tables()
