@@ -1245,7 +1245,7 @@ def train(args):
                 name + "_loop", loop, file, reward, args.micro_batch_size, args.eval_noises
             )
             evaluations.append(in_loop)
-            if iteration > 0 and not is_last:  # on the way, the score of the loop is enough
+            if iteration > 0 and not is_last:  # on the way, the loop alone, which costs less
                 continue
             name = name + "_apriori"
             if args.feedback == "none" or args.num_refinements == 1:  # no preview was seen in the loop either

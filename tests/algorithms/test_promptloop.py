@@ -1156,6 +1156,12 @@ def test_every_mode_trains_the_policy_and_nothing_else(small, simple, monkeypatc
         assert all(torch.equal(p.float(), after[name]) for name, p in base.items() if "visual" in name)
 
 
+def test_on_the_way_the_loop_alone_is_evaluated(small):
+    rows = metrics(train(Args(**small(num_iterations=2, eval_every=1))))
+    modes = [{mode for mode in ("", "_loop", "_apriori") if f"eval/reward{mode}" in row} for row in rows]
+    assert modes == [{"", "_loop", "_apriori"}, {"_loop"}, {"_loop", "_apriori"}]
+
+
 @pytest.mark.parametrize(
     "changes, kept",
     [({}, True), (dict(lm_kl="old"), False), (dict(lm_kl_coef=0.0), False), (dict(lm_lora_rank=2), False)],
