@@ -4,7 +4,7 @@
 
 Every file gets the same budget: five learning rates, two seeds, 16 iterations, evaluated on the development
 prompts of fold 0 with two noises per prompt. Neither the seeds nor the prompts are those of reported numbers.
-The records are in benchmark/results/trials/<file>/. A file may have up to eight free runs beside them, like
+The records are in benchmark/results/trials/<file>/. A file may have up to ten free runs beside them, like
 
     python -m benchmark.run_seeds trials/flow_grpo/window_4 flow_grpo.py --seeds 11 -- --sde-window 4
 

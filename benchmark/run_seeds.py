@@ -56,7 +56,7 @@ def image_scores(run_dir, iteration):
     for line in (run_dir / "scores" / f"{iteration:06d}.jsonl").read_text().splitlines():
         image = json.loads(line)
         noises = evaluations.setdefault(image["evaluation"], {})
-        score = image.get("geneval_strict", image["reward"])
+        score = image.get("geneval_strict", image.get("edit_strict", image["reward"]))
         noises.setdefault(image["noise"], []).append(score)
     return {name: [shortened(scores) for scores in noises.values()] for name, noises in evaluations.items()}
 

@@ -195,8 +195,11 @@ REWARDS_OF_FILES = {
 }
 
 
-def draw(pipe, prompts, metadata, guidance_scale, generator):
-    """One image for each prompt: plain diffusers, ODE sampler, 10 steps. Rows with a source are edits."""
+def draw(pipe, prompts, metadata, guidance_scale, generator=None, latents=None):
+    """One image for each prompt: plain diffusers, ODE sampler, 10 steps. Rows with a source are edits.
+
+    latents: the initial noise, as the pipeline packs it. Without it, it is drawn by the generator.
+    """
     sources = None
     if "source" in metadata[0]:
         sources = torch.stack([load_source(row["source"], world.SIZE) for row in metadata])
@@ -211,6 +214,7 @@ def draw(pipe, prompts, metadata, guidance_scale, generator):
         guidance_scale=guidance_scale,
         max_sequence_length=MAX_TOKENS,
         generator=generator,
+        latents=latents,
         output_type="pt",
     ).images
 

@@ -185,7 +185,7 @@ def test_a_run_on_a_tagged_file(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     flags = dict(num_prompts_per_iteration=4, num_images_per_prompt=2, num_iterations=1, micro_batch_size=2)
     flags |= dict(num_inference_steps=3, eval_num_inference_steps=2, output_dir=str(tmp_path / "runs"))
-    flags |= dict(rewards="geneval,jpeg:0.1", model=str(ROOT / "tiny/sd3"), device="cpu")
+    flags |= dict(rewards="geneval,jpeg:0.1", model=str(ROOT / "tiny/sd3"), device="cpu", eval_wordings=True)
     run_dir = flow_grpo.train(flow_grpo.Args(prompts=str(tmp_path / "train.jsonl"), **flags))
     before, after = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
     assert after["charts/nan_fraction"] == 0 and after["rewards/geneval"] >= 0 > after["rewards/jpeg"]

@@ -1,0 +1,140 @@
+"""The tables of PromptRL's editing experiment, which write_tables puts into docs/promptrl.md.
+
+Three arms train on the edits of the tiny world: both models, the flow model without rewrites, and the
+language model alone. Each seed has a fold of its own. Scores are those of the reward `edit` on the test
+edits, with the instruction as it is and with its greedy rewrite.
+"""
+
+import json
+
+import numpy as np
+
+from benchmark.inference import compare, verdict
+from benchmark.markdown import table
+from benchmark.records import RESULTS
+from tiny.world import EDITS
+
+ARMS = {  # setting: what is trained
+    "edit_both": "both models",
+    "edit_flow_only": "flow model, no rewrites",
+    "edit_lm_only": "language model",
+}
+
+
+def read_runs():
+    """{setting: its records, by seed}. Raises SystemExit where the arms have other seeds."""
+    runs = {}
+    for setting in ARMS:
+        paths = sorted((RESULTS / "promptrl" / setting).glob("seed-*.json"))
+        runs[setting] = [json.loads(path.read_text()) for path in paths]
+    seeds = {tuple(record["seed"] for record in records) for records in runs.values()}
+    if len(seeds) > 1:
+        raise SystemExit(f"the arms of the editing experiment have different seeds: {sorted(seeds)}")
+    return runs
+
+
+def evaluations(record, score):
+    """(before, after) of a score in a run, or (None, None) where it was not evaluated."""
+    values = [row[score] for row in record["metrics"] if row.get(score) is not None]
+    return (values[0], values[-1]) if values else (None, None)
+
+
+def cell(value):
+    """A score as text, "" where there is none."""
+    return "" if value is None else f"{value:.3f}"
+
+
+def runs_table(runs):
+    """A row per run: the reward before and after, plain and rewritten."""
+    rows = []
+    for setting, records in runs.items():
+        for record in records:
+            plain_before, plain_after = evaluations(record, "eval/edit")
+            rewritten_before, rewritten_after = evaluations(record, "eval/edit_enhanced")
+            scores = [plain_before, rewritten_before, plain_after, rewritten_after]
+            rows.append(
+                [
+                    ARMS[setting],
+                    str(record["seed"]),
+                    *[cell(score) for score in scores],
+                    f"{record['metrics'][-1]['charts/num_images']:,}",
+                    f"{record['seconds'] / 60:.1f}",
+                ]
+            )
+    head = ["trained", "seed", "before: plain", "before: rewritten", "after: plain", "after: rewritten"]
+    return table([*head, "images", "minutes"], rows)
+
+
+def mean_score(records, score, is_after):
+    """The mean over the seeds of a score, before or after training."""
+    return np.mean([evaluations(record, score)[is_after] for record in records])
+
+
+def kinds_table(runs):
+    """The strict score of each kind of edit, means over the seeds, of each way to draw the edits."""
+    both, flow_only, lm_only = (runs[setting] for setting in ARMS)
+    ways = [
+        ("before training", both, "", False),
+        ("before training, rewritten", both, "_enhanced", False),
+        ("flow model trained, no rewrites", flow_only, "", True),
+        ("language model trained, rewritten", lm_only, "_enhanced", True),
+        ("both trained, rewritten", both, "_enhanced", True),
+        ("both trained, not rewritten", both, "", True),
+    ]
+    rows = []
+    for name, records, suffix, is_after in ways:
+        score = f"eval/edit_strict{suffix}"
+        means = [mean_score(records, score, is_after)]
+        means += [mean_score(records, f"{score}/{kind}", is_after) for kind in EDITS]
+        rows.append([name, *[f"{mean:.3f}" for mean in means]])
+    return table(["strict score of edits", "all", *EDITS], rows)
+
+
+def claims_table(runs):
+    """The paper's claims on editing: the difference of each seed, the interval, and the verdict.
+
+    The paper's scores are EditReward's: 1.19 for FLUX.1-Kontext, 1.01 for it with the rewrites of an
+    untrained language model, 1.36 for it trained without rewrites, and 1.43 for PromptRL.
+    """
+    both, flow_only, lm_only = (runs[setting] for setting in ARMS)
+
+    def scores(records, suffix, is_after):
+        """The reward of each seed."""
+        return np.array([evaluations(record, f"eval/edit{suffix}")[is_after] for record in records])
+
+    plain_before = scores(both, "", False)
+    plain_after = scores(both, "", True)
+    rewritten_after = scores(both, "_enhanced", True)
+    flow_alone = scores(flow_only, "", True)
+    claims = [
+        (
+            "rewrites by an untrained language model harm an untrained editor (1.19 to 1.01)",
+            plain_before - scores(both, "_enhanced", False),
+        ),
+        ("training the editor alone helps (1.19 to 1.36)", flow_alone - plain_before),
+        (
+            "training both is better than training the editor alone (1.36 to 1.43)",
+            rewritten_after - flow_alone,
+        ),
+        ("training both is better than no training (1.19 to 1.43)", rewritten_after - plain_before),
+        ("after training both, rewrites help", rewritten_after - plain_after),
+        (
+            "training both is better than training the language model alone",
+            rewritten_after - scores(lm_only, "_enhanced", True),
+        ),
+    ]
+    rows = []
+    for claim, differences in claims:
+        comparison = compare(differences)
+        outcome = verdict(comparison)
+        if outcome == "inconclusive":
+            outcome += f" (could have seen {comparison.detectable:.3f})"
+        rows.append(
+            [
+                claim,
+                ", ".join(f"{difference:+.3f}" for difference in differences),
+                f"{comparison.mean:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]",
+                outcome,
+            ]
+        )
+    return table(["claim (the paper's EditReward)", "difference of each seed", "mean, 95%", "verdict"], rows)
