@@ -674,6 +674,18 @@ def test_the_evaluation_shows_prompt_and_rewrite(small, monkeypatch):
     assert not any(evaluation.films for evaluation in shown.values())
 
 
+@pytest.mark.parametrize("num_original_prompts", [2, 4])
+def test_on_the_way_the_rewrites_alone_are_evaluated(small, num_original_prompts):
+    """Without a language model there is the plain prompt alone, at every evaluation."""
+    flags = small(num_iterations=2, eval_every=1, num_original_prompts=num_original_prompts)
+    rows = metrics(train(Args(**flags)))
+    evaluated = [{mode for mode in ("", "_enhanced") if f"eval/reward{mode}" in row} for row in rows]
+    if num_original_prompts == 4:
+        assert evaluated == [{""}, {""}, {""}]
+    else:
+        assert evaluated == [{"", "_enhanced"}, {"_enhanced"}, {"", "_enhanced"}]
+
+
 def test_no_token_is_drawn_from_the_noise_of_an_image(small, spy, monkeypatch):
     monkeypatch.setattr(report, "evaluate", no_evaluation)
     rewrites, noises = spy(promptrl, "rewrite"), spy(promptrl, "draw_noise")
