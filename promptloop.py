@@ -28,7 +28,7 @@ Differences from the paper, as far as it is known:
  2. The defaults, made for the tiny world, train all weights of the policy. The paper trains a LoRA.
 
 Run (time and memory: docs/promptloop.md; the commands for real models were not run with real weights):
-  python promptloop.py                                       # the tiny world: 1.3 GB, 9 minutes on two cores
+  python promptloop.py                                       # the tiny world: 1.2 GB, 9 minutes on one core
   python promptloop.py --evaluate runs/X --model OTHER       # no training: run X's policy writes for OTHER
   torchrun --nproc_per_node=4 promptloop.py --model stabilityai/stable-diffusion-xl-base-1.0 \\
       --lm Qwen/Qwen2.5-VL-3B-Instruct --lm-lora-rank 32 --lm-learning-rate 1e-5 --lm-kl-coef 0.01 \\
