@@ -21,6 +21,7 @@ Differences from the paper and its code:
  5. A group whose rewards are all equal gets weight zero instead of being dropped. A group belongs to a row of
     the prompt file: two rows with the same text are two groups.
  6. --ratio-norm is GRPO-Guard's ratio (arXiv 2510.22319), without its weights per step.
+ 7. --decouple-rewards is GDPO's normalisation of several rewards (arXiv 2601.05242).
 
 Run (time and memory: docs/flow_grpo.md; the commands for real models were not run with real weights):
   python flow_grpo.py                                        # the tiny world, under 10 minutes on two cores
@@ -154,6 +155,9 @@ class Args:
     # Algorithm
     advantage_std: Literal["global", "group"] = "global"
     """Standard deviation that advantages are divided by: over all images, or over those of the prompt."""
+    decouple_rewards: bool = False
+    """Normalise each of several rewards by itself, over the images of the prompt, before the weighted sum
+    (GDPO): then the scale of a reward does not matter. --advantage-std has no effect."""
     clip_range: Annotated[float, Range(0, 1, above_low=True)] = 1e-3
     """eps, PPO's clip range. Tiny because log-probabilities are averaged over the latent, not summed."""
     ratio_norm: bool = False
@@ -661,6 +665,20 @@ def group_advantages(rewards, advantage_std, limit=5.0):
     return (centred / (std + 1e-4)).clamp(-limit, limit).float()
 
 
+def decoupled_advantages(scores, weights, limit=5.0):
+    """GDPO's advantages (P, K), arXiv 2601.05242: each reward is normalised before the rewards are added.
+
+    scores: {reward: (P, K)}. weights: {reward: number}. In the z-score of a weighted sum, a reward on a large
+    scale hides the others, and different combinations of rewards may get the same advantage. Here each reward
+    has its own z-score within the group. The weighted sum of these is divided by its standard deviation over
+    all images. A reward that is NaN adds 0.
+    """
+    total = 0
+    for name, weight in weights.items():
+        total = total + weight * group_advantages(scores[name], "group", limit)
+    return (total / (total.std(correction=0) + 1e-4)).clamp(-limit, limit)
+
+
 def normalised_log_ratio(log_ratio, mean, old_mean, std):
     """GRPO-Guard's log-ratio (arXiv 2510.22319): std (log_ratio + |mean - old_mean|^2 / (2 std^2)): (B,).
 
@@ -864,7 +882,12 @@ def train(args):
             # 4. Advantages, from the rewards of all processes.
             scores = report.gather_scores(score_parts)
             metrics |= report.reward_metrics(scores, [K] * P)
-            advantages = group_advantages(scores["reward"].view(P, K), args.advantage_std)
+            if args.decouple_rewards:
+                parts = {name: scores[name].view(P, K) for name in reward.parts}
+                weights = {name: weight for name, (_, weight) in reward.parts.items()}
+                advantages = decoupled_advantages(parts, weights)
+            else:
+                advantages = group_advantages(scores["reward"].view(P, K), args.advantage_std)
             advantages = advantages.flatten().split(len(image_numbers))[rank].to(device)
 
             learning_rate = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)

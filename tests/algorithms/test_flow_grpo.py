@@ -30,6 +30,7 @@ from flow_grpo import (
     add_to,
     base_weights,
     clipped_loss,
+    decoupled_advantages,
     diagnostics,
     draw_noise,
     draw_prompts,
@@ -51,6 +52,7 @@ from flow_grpo import (
 from rewards import BadInput
 from rewards.prompts import PromptFile
 from rewards.tiny_world.shapes import PALETTE
+from small_runs import metrics
 
 F64 = torch.float64
 TYPES = ["flow", "cps"]
@@ -505,6 +507,57 @@ def test_nan_rewards_count_nowhere(advantage_std):
 def test_a_group_of_equal_rewards_gets_zero(value, advantage_std):
     for values in (torch.full((1, 24), value), torch.tensor([[value] * 24, [0.0, 1.0] * 12])):
         assert group_advantages(values, advantage_std)[0].abs().max() < 1e-9
+
+
+def test_decoupled_advantages_are_those_of_each_reward_added():
+    """Two groups of two images. By hand: each reward has z-scores of -1 and 1 in each group."""
+    scores = {"a": tensor(0, 1, 3, 1).view(2, 2), "b": tensor(100, 300, 0, 50).view(2, 2)}
+    z = {"a": tensor(-1, 1, 1, -1).view(2, 2), "b": tensor(-1, 1, -1, 1).view(2, 2)}
+    for weight in (1.0, 0.5, -2.0):
+        total = z["a"] + weight * z["b"]
+        expected = (total / total.double().std(correction=0)).float()
+        found = decoupled_advantages(scores, {"a": 1.0, "b": weight})
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def test_decoupled_advantages_do_not_depend_on_the_scale_of_a_reward():
+    """That is what they are for. The advantages of the weighted sum do depend on it."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 6, 8, generator=generator)
+    weights = {"a": 1.0, "b": 1.0}
+    plain = decoupled_advantages({"a": a, "b": b}, weights)
+    scaled = decoupled_advantages({"a": a, "b": 1000 * b + 7}, weights)
+    torch.testing.assert_close(scaled, plain, rtol=0, atol=2e-3)
+    of_the_sum = group_advantages(a + 1000 * b + 7, "group")
+    assert (of_the_sum - group_advantages(a + b, "group")).abs().max() > 0.5
+
+
+def test_decoupled_advantages_tell_apart_what_a_sum_does_not():
+    """The example of the paper: one of two rewards, or both, is earned by one image of two."""
+    both = {"a": tensor(0, 1).view(1, 2), "b": tensor(0, 1).view(1, 2)}
+    one = {"a": tensor(0, 1).view(1, 2), "b": tensor(0, 0).view(1, 2)}
+    sums = [group_advantages(scores["a"] + scores["b"], "group") for scores in (one, both)]
+    torch.testing.assert_close(sums[0], sums[1], rtol=0, atol=2e-4)
+    together = {name: torch.cat([one[name], both[name]]) for name in ("a", "b")}
+    advantages = decoupled_advantages(together, {"a": 1.0, "b": 1.0})
+    torch.testing.assert_close(advantages[1], 2 * advantages[0], rtol=0, atol=1e-3)
+
+
+def test_decoupled_advantages_of_rows_that_a_reward_does_not_judge():
+    nan = math.nan
+    scores = {"a": tensor(0, 1, nan, nan).view(2, 2), "b": tensor(nan, nan, 5, 3).view(2, 2)}
+    advantages = decoupled_advantages(scores, {"a": 1.0, "b": 1.0})
+    expected = tensor(-1, 1, 1, -1).view(2, 2).float()
+    torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-3)
+
+
+def test_a_run_trains_on_decoupled_advantages(small, spy):
+    calls = spy(flow_grpo, "decoupled_advantages")
+    flags = small(rewards="geneval:1,jpeg:0.1", decouple_rewards=True, num_iterations=1)
+    rows = metrics(flow_grpo.train(Args(**flags)))
+    (((scores, weights), _),) = calls
+    assert weights == {"geneval": 1.0, "jpeg": 0.1} and list(scores) == ["geneval", "jpeg"]
+    assert rows[1]["losses/grad_norm"] > 0 and rows[1]["losses/ratio_first"] == 0
 
 
 def test_advantages_are_limited():
