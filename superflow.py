@@ -960,8 +960,8 @@ def train(args):
             num_images = num_prompts * args.start_images
             if num_images > args.num_iterations * P * K > 0:
                 command_line.say(
-                    f"warning: the tracker starts from {num_images:,} images of the base model, more than the "
-                    "training samples: a lower --start-images takes less time, 0 none"
+                    f"warning: the tracker starts from {num_images:,} images of the base model, which are "
+                    "more than the training samples: a lower --start-images takes less time, 0 none"
                 )
             start_prompts = [train_file.prompts[row] for row in first_rows] * args.start_images
             start_metadata = [train_file.metadata[row] for row in first_rows] * args.start_images
