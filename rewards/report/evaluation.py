@@ -7,6 +7,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from rewards.prompts import PromptFile
+from rewards.report.looks import describe_pictures
 
 
 class Samples(NamedTuple):
@@ -27,6 +28,7 @@ class Evaluation(NamedTuple):
     pictures: dict  # {row: (3, H, W) on the CPU}, likewise
     films: dict  # {row: [(picture, caption)]}, likewise, where there are any
     num_noises: int = 1  # the file's rows stand here once per noise, one pass through the file after another
+    looks: dict | None = None  # {row: how its image looks, a vector as of `describe_pictures`}
 
 
 def gather(values):
@@ -89,7 +91,7 @@ def evaluate(name, sample, file, reward, batch_size, num_noises=1, num_shown=16)
         world_size = dist.get_world_size()
     rows = range(rank, len(file.prompts), world_size)
     shown = set(shown_rows(len(file.prompts) // num_noises, num_shown))
-    share = Evaluation(name, [], {}, {}, {}, {})
+    share = Evaluation(name, [], {}, {}, {}, {}, looks={})
     starts = range(0, len(rows), batch_size)
     for start in tqdm(starts, desc=f"evaluate {name}", leave=False, disable=None):
         batch = rows[start : start + batch_size]
@@ -98,6 +100,7 @@ def evaluate(name, sample, file, reward, batch_size, num_noises=1, num_shown=16)
         samples = sample(prompts, metadata, batch)
         for reward_name, values in reward.details(samples.images, prompts, metadata).items():
             share.scores.setdefault(reward_name, {}).update(zip(batch, values.tolist()))
+        share.looks.update(zip(batch, describe_pictures(samples.images)))
         for k, row in enumerate(batch):
             if row in shown:
                 share.captions[row] = samples.captions[k]
@@ -110,7 +113,7 @@ def evaluate(name, sample, file, reward, batch_size, num_noises=1, num_shown=16)
 
 def merge(shares, metadata):
     """One Evaluation of those of all processes, each with its own rows."""
-    whole = Evaluation(shares[0].name, metadata, {}, {}, {}, {})
+    whole = Evaluation(shares[0].name, metadata, {}, {}, {}, {}, looks={})
     names = set()
     for share in shares:  # a process without rows has no names
         names.update(share.scores)
@@ -122,4 +125,5 @@ def merge(shares, metadata):
         whole.captions.update(share.captions)
         whole.pictures.update(share.pictures)
         whole.films.update(share.films)
+        whole.looks.update(share.looks or {})
     return whole

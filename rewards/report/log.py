@@ -12,6 +12,7 @@ from rewards.command_line import CannotWrite, process_number
 from rewards.report.files import make_folder, remove_leftovers, write_aside, write_text
 from rewards.report.inputs import describe_inputs
 from rewards.report.lock import lock, unlock
+from rewards.report.looks import changed_looks, summarise_looks
 from rewards.report.metrics import summarise
 from rewards.report.pictures import open_picture, save_before_after, save_curve, save_films, save_samples
 from rewards.report.rows import read_rows, to_row, write_rows, write_scores
@@ -96,6 +97,7 @@ class Log:
         for evaluation in evaluations:
             suffix = evaluation.name.removeprefix("eval")
             metrics |= summarise(evaluation.scores, evaluation.metadata, suffix)
+            metrics |= summarise_looks(evaluation.looks, suffix)
             path = self.sheet(metrics["iteration"], suffix)
             if evaluation.pictures:
                 with write_aside(path) as temporary:
@@ -176,6 +178,12 @@ class Log:
                 if iteration > 0 and base is not None:
                     line += f" (base model {base:.3f})"
                 print(line, flush=True)
+        for name, factor in changed_looks(self.rows[0], metrics):
+            print(
+                f"{start} warning: the {name} of the pictures is {factor:.2f} times the base model's. "
+                "The reward may be hacked: look at before_after.png",
+                flush=True,
+            )
 
     def time_left(self, iteration):
         """The words ", 5 min left", from the time that iterations have taken so far; "" if none has."""
