@@ -4,7 +4,7 @@ Paper: arXiv 2512.17951. It was reported withdrawn in July 2026, because it had 
 consent of all its authors; no number of it is relied on here. Official code: none.
 Derived from: flow_grpo.py. `diff -u flow_grpo.py superflow.py` shows the method and nothing else.
 
-A tracker counts the successes and failures of each prompt of the training file. The value of a prompt is
+A tracker counts the successes and failures of each row of the training file. The value of a prompt is
 successes / (successes + failures), the reward that is expected of it. Before the first iteration, the tracker
 starts from a few images of the base model.
 
@@ -27,7 +27,7 @@ formulas. They leave these points open; the answers are our choice:
     of the uncertainty is 0.05. Prompts are chosen from a pool of candidates, as in the code of SPO
     (single-stream policy optimisation).
  2. The tracker forgets at a constant rate, once per visit. It starts from images of the base model, as in
-    SPO. Rows of the prompt file with the same prompt and the same metadata share a tracker.
+    SPO. It belongs to a row of the prompt file: two rows with the same text have a tracker each.
  3. The noise of a step includes sqrt(dt), as in figure 1. The weights have mean 1, which makes them those of
     TempFlow-GRPO (arXiv 2508.04324). The KL penalty is not weighted.
  4. There are P prompts per iteration, so the number of images varies. The loss is the mean over all images
@@ -61,7 +61,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import json
 import math
 import os
 import shutil
@@ -82,7 +81,7 @@ from tqdm import tqdm
 import rewards
 from rewards import BadInput, command_line, report
 from rewards.command_line import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed
-from rewards.prompts import PromptFile, join_prompt_files, load_prompt_files
+from rewards.prompts import join_prompt_files, load_prompt_files
 from rewards.sources import load_source
 from rewards.weights import from_hub, read_pipeline_configs
 
@@ -698,25 +697,8 @@ def tracker_advantages(rewards, baselines, advantage_std, limit=5.0):
     return advantages.masked_fill(without_signal, 0).clamp(-limit, limit).float()
 
 
-def number_prompts(file):
-    """(number of the prompt of each row (rows,), first row of each prompt), for a PromptFile.
-
-    Rows with the same prompt and the same metadata are one prompt to the tracker.
-    """
-    numbers = {}
-    first_rows = []
-    number_of_rows = []
-    for row, content in enumerate(zip(file.prompts, file.metadata)):
-        key = json.dumps(content, sort_keys=True)
-        if key not in numbers:
-            numbers[key] = len(first_rows)
-            first_rows.append(row)
-        number_of_rows.append(numbers[key])
-    return torch.tensor(number_of_rows), first_rows
-
-
-def update_tracker(counts, visited, rewards, forgetting):
-    """New counts (num_prompts, 2) of successes and failures, from rewards (B,) of the prompts visited (B,).
+def update_tracker(counts, rows, rewards, forgetting):
+    """New counts (num_prompts, 2) of successes and failures, from rewards (B,) of the prompts rows (B,).
 
         successes <- forgetting * successes + sum of r,   failures <- forgetting * failures + sum of 1 - r
     A prompt forgets once per visit (our choice), however many images it has: they are all of one policy. NaN
@@ -727,8 +709,8 @@ def update_tracker(counts, visited, rewards, forgetting):
     valid = ~rewards.isnan()
     outcomes = torch.stack([rewards, 1 - rewards], dim=1)  # (B, 2)
     counts = counts.clone()
-    counts[visited.unique()] *= forgetting
-    return counts.index_add(0, visited[valid], outcomes[valid].double())
+    counts[rows.unique()] *= forgetting
+    return counts.index_add(0, rows[valid], outcomes[valid].double())
 
 
 def uncertainty(value, floor=0.05):
@@ -935,8 +917,6 @@ def train(args):
     K = args.num_images_per_prompt
     U = args.num_updates_per_iteration
     num_rows = len(train_file.prompts)
-    prompt_of_row, first_rows = number_prompts(train_file)
-    num_prompts = len(first_rows)  # different ones, which have a tracker each
     stds = []  # of all steps but the last, which is never trained
     for i in range(args.num_inference_steps - 1):
         _, std = step_mean_std(0.0, 0.0, sigmas, i, args.noise_level, args.sde_type)
@@ -957,30 +937,28 @@ def train(args):
         if iteration == 0:
             # The tracker starts as in SPO: half a success and half a failure, plus the rewards of the base
             # model's images, scaled to the sum at which the counts settle with one image per visit.
-            num_images = num_prompts * args.start_images
+            num_images = num_rows * args.start_images
             if num_images > args.num_iterations * P * K > 0:
                 command_line.say(
                     f"warning: the tracker starts from {num_images:,} images of the base model, which are "
                     "more than the training samples: a lower --start-images takes less time, 0 none"
                 )
-            start_prompts = [train_file.prompts[row] for row in first_rows] * args.start_images
-            start_metadata = [train_file.metadata[row] for row in first_rows] * args.start_images
-            start_file = PromptFile(start_prompts, start_metadata)
+            start_file = join_prompt_files([train_file] * args.start_images)
             sample_start = functools.partial(sample_for_evaluation, seed=args.seed)
             start = report.evaluate(
                 "start", sample_start, start_file, reward, args.micro_batch_size, num_shown=0
             )
             start_rewards = [start.scores["reward"][image] for image in range(num_images)]
             start_rewards = torch.tensor(start_rewards)
-            visited = torch.arange(num_prompts).repeat(args.start_images)
-            counts = torch.full((num_prompts, 2), 0.5, dtype=torch.float64)
-            counts = update_tracker(counts, visited, start_rewards, forgetting=1.0)
+            rows = torch.arange(num_rows).repeat(args.start_images)
+            counts = torch.full((num_rows, 2), 0.5, dtype=torch.float64)
+            counts = update_tracker(counts, rows, start_rewards, forgetting=1.0)
             counts /= (1 - args.forgetting) * counts.sum(1, keepdim=True)
             clock.stop("start")
         if iteration > 0:
             # 1. Draw prompts and their numbers of images by uncertainty, and noise for each image.
             counts = progress["counts"]
-            value = (counts[:, 0] / counts.sum(1))[prompt_of_row]  # of the prompt of every row
+            value = counts[:, 0] / counts.sum(1)  # of every training prompt
             candidates = draw_prompts(num_rows, args.pool * P, args.seed, iteration)
             candidates = torch.tensor(candidates)
             preference = uncertainty(value[candidates])
@@ -1031,8 +1009,8 @@ def train(args):
             advantages = tracker_advantages(group_rewards, baselines, args.advantage_std)
             advantages = advantages.flatten()[image_numbers].to(device)
             # The tracker learns the rewards only now: a baseline must not depend on what it is compared with.
-            visited = prompt_of_row[drawn].repeat_interleave(K)
-            counts = update_tracker(counts, visited, group_rewards.flatten(), args.forgetting)
+            rows = drawn.repeat_interleave(K)
+            counts = update_tracker(counts, rows, group_rewards.flatten(), args.forgetting)
 
             learning_rate = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
             optimizer.param_groups[0]["lr"] = learning_rate

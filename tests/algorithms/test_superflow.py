@@ -15,7 +15,7 @@ import flow_grpo
 import rewards
 import superflow
 from rewards import BadInput
-from rewards.prompts import PromptFile, load_prompts
+from rewards.prompts import load_prompts
 from small_runs import Brightness, metrics, saved
 from superflow import (
     Args,
@@ -26,7 +26,6 @@ from superflow import (
     draw_window,
     gaussian_kl,
     get_sigmas,
-    number_prompts,
     step_mean_std,
     step_weights,
     tracker_advantages,
@@ -108,13 +107,6 @@ def test_a_nan_reward_adds_nothing():
 def test_a_reward_outside_of_0_to_1_is_refused(values):
     with pytest.raises(BadInput, match=r"rewards in \[0, 1\]"):
         update_tracker(tensor([4, 4]), torch.tensor([0, 0]), torch.tensor(values), 0.9)
-
-
-def test_rows_with_the_same_prompt_and_metadata_are_one_prompt():
-    metadata = [{"a": 1, "b": 2}, {"a": 1}, {"b": 2, "a": 1}, {"a": 1}, {"a": 1}]
-    file = PromptFile(["x", "x", "x", "y", "x"], metadata)
-    numbers, first_rows = number_prompts(file)
-    assert numbers.tolist() == [0, 1, 0, 2, 1] and first_rows == [0, 1, 3]
 
 
 def test_the_tracker_makes_new_counts():
@@ -467,27 +459,6 @@ def test_a_start_that_is_longer_than_the_training_is_warned_of(small, capsys, nu
     train(Args(**small(num_iterations=num_iterations)))
     printed = capsys.readouterr()
     assert ("the tracker starts from 10 images" in printed.out + printed.err) == is_warned
-
-
-def test_equal_rows_share_a_tracker(small, tmp_path, monkeypatch):
-    """Four rows are two prompts: two start images, and both rows of a prompt feed its counts."""
-    rows = ["a red circle", "two stars", "a red circle", "two stars"]
-    (tmp_path / "twice_train.txt").write_text("\n".join(rows))
-    reward = Lopsided(rows[:2])
-    monkeypatch.setattr(rewards, "build", lambda *_: reward)
-    flags = small(num_iterations=1, num_prompts_per_iteration=4, num_bins=1, pool=1, forgetting=0.5)
-    flags |= {"prompts": str(tmp_path / "twice_train.txt"), "eval_prompts": flags["prompts"]}
-    run_dir = train(Args(**flags))
-    assert metrics(run_dir)[0]["charts/num_images"] == 2
-    progress = progress_of(run_dir)
-    sums = torch.zeros(2, 2, dtype=torch.float64)
-    for number, _, value in reward.seen[2:]:
-        sums[number] += tensor(value, 1 - value)
-    assert len(reward.seen[2:]) == 16 and sums.sum(1).tolist() == [8, 8]
-    start = torch.zeros(2, 2, dtype=torch.float64)
-    for number, _, value in reward.seen[:2]:
-        start[number] = tensor(value + 0.5, 1.5 - value)  # their sum, 2, is where the counts settle
-    torch.testing.assert_close(progress["counts"], 0.5 * start + sums)
 
 
 @pytest.mark.parametrize(
