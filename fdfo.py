@@ -56,6 +56,7 @@ Letters, the same in all five files:
 import contextlib
 import copy
 import dataclasses
+import math
 import os
 import shutil
 from typing import Annotated, Literal, NamedTuple
@@ -70,6 +71,8 @@ import torch.distributed as dist
 from diffusers import DiffusionPipeline
 from einops import rearrange
 from peft import LoraConfig, get_peft_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 import rewards
@@ -126,6 +129,9 @@ class Args:
     offload_text_encoders: bool = False
     """Keep the text encoders on the GPU only while they encode: frees up to 11 GB, costs up to a second per
     iteration with new prompts."""
+    shard: bool = False
+    """Split the frozen weights of the transformer among the processes, where one GPU does not hold them
+    (FSDP2). Needs a LoRA, which stays whole."""
     compile: bool = False
     """Compile the blocks of the transformer: faster, after a minute or more. Needs a C compiler."""
     prompts: str = "tiny/prompts/fold_0/train.jsonl"
@@ -184,6 +190,8 @@ def check_args(args):
             f"--num-prompts-per-iteration {args.num_prompts_per_iteration} must be a multiple of {share}: "
             "updates times processes"
         )
+    if args.shard and (args.lora_rank == 0 or world_size == 1 or args.compile):
+        raise BadInput("--shard needs --lora-rank above 0 and several processes, and goes without --compile")
     if args.num_prompts_per_iteration * args.num_images_per_prompt > 1_000_000:
         raise BadInput("--num-prompts-per-iteration times --num-images-per-prompt must be at most 1,000,000")
     if args.num_images_per_prompt % 2:
@@ -265,7 +273,9 @@ def load_model(args, device, dtype):
     family = read_pipeline_configs(args.model)["family"]
     if family == "StableDiffusion3Pipeline" and args.max_sequence_length == 0:
         left_out = {"text_encoder_3": None, "tokenizer_3": None}  # the T5 of SD3
-    pipe = from_hub(DiffusionPipeline.from_pretrained, args.model, dtype=dtype, **left_out).to(device)
+    pipe = from_hub(DiffusionPipeline.from_pretrained, args.model, dtype=dtype, **left_out)
+    if not args.shard:
+        pipe.to(device)
     pipe.vae.float().to(memory_format=torch.channels_last)  # the faster layout of its convolutions
     transformer = pipe.transformer.requires_grad_(False)
     reference = None
@@ -289,12 +299,33 @@ def load_model(args, device, dtype):
         transformer.enable_gradient_checkpointing()
     if args.compile:
         for module in transformer.modules():
-            is_block = type(module).__name__ in transformer._no_split_modules
-            if is_block:  # they are compiled one by one, since they share their compiled code
+            if is_block(transformer, module):  # one by one, since they share their compiled code
                 module.compile()
+    if args.shard:
+        shard(transformer, device)
+        pipe.to(device)
     if args.offload_text_encoders:
         move_text_encoders(pipe, "cpu")
     return pipe, transformer.train(), reference  # train() is for checkpointing alone: there is no dropout
+
+
+def shard(transformer, device):
+    """Leaves each process its share of the frozen weights (FSDP2). What is trained stays whole.
+
+    A block is put together before it computes and taken apart afterwards. So is the transformer around the
+    blocks: the first process saves alone, and must find it in the state in which the others have it. All
+    processes have to run the same number of forward passes.
+    """
+    trained = {parameter for parameter in transformer.parameters() if parameter.requires_grad}
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    blocks = [module for module in transformer.modules() if is_block(transformer, module)]
+    for module in [*blocks, transformer]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+
+
+def is_block(transformer, module):
+    """Whether a module is one of the blocks of which the transformer consists."""
+    return type(module).__name__ in transformer._no_split_modules
 
 
 @contextlib.contextmanager
@@ -577,16 +608,34 @@ def split_images(group_sizes, largest_group, num_updates, micro_batch_size, rank
     image_numbers = []
     updates = []
     for update in range(num_updates):
-        first_prompt = (update * world_size + rank) * prompts_per_share
+        share_sizes = []  # images of each process in this update
+        for process in range(world_size):
+            first_prompt = (update * world_size + process) * prompts_per_share
+            share_sizes.append(sum(group_sizes[first_prompt : first_prompt + prompts_per_share]))
+        bounds = micro_batch_bounds(share_sizes[rank], max(share_sizes), micro_batch_size)
         first_image = len(image_numbers)
+        micro_batches = []
+        for start, end in zip(bounds, bounds[1:]):
+            micro_batches.append(slice(first_image + start, first_image + end))
+        updates.append(micro_batches)
+        first_prompt = (update * world_size + rank) * prompts_per_share
         for prompt in range(first_prompt, first_prompt + prompts_per_share):
             first_number = prompt * largest_group
             image_numbers += range(first_number, first_number + group_sizes[prompt])
-        micro_batches = []
-        for start in range(first_image, len(image_numbers), micro_batch_size):
-            micro_batches.append(slice(start, min(start + micro_batch_size, len(image_numbers))))
-        updates.append(micro_batches)
     return image_numbers, updates
+
+
+def micro_batch_bounds(num_images, most_images, micro_batch_size):
+    """Where a process cuts its images into micro-batches: [0, ..., num_images].
+
+    It has as many micro-batches as the process with the most images: with --shard, all processes have to run
+    the same number of forward passes. Where they would not be enough, it makes them smaller, but not empty.
+    """
+    count = min(math.ceil(most_images / micro_batch_size), num_images)
+    bounds = [min(number * micro_batch_size, num_images) for number in range(count + 1)]
+    if bounds[-2] == num_images:  # the last micro-batch would be empty
+        bounds = [number * num_images // count for number in range(count + 1)]
+    return bounds
 
 
 def draw_noise(image_numbers, draws, shape, seed, iteration):

@@ -1,5 +1,6 @@
 """Scoring a prompt file, shared among the processes of a run."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -92,9 +93,13 @@ def evaluate(name, sample, file, reward, batch_size, num_noises=1, num_shown=16)
     rows = range(rank, len(file.prompts), world_size)
     shown = set(shown_rows(len(file.prompts) // num_noises, num_shown))
     share = Evaluation(name, [], {}, {}, {}, {}, looks={})
-    starts = range(0, len(rows), batch_size)
+    most_rows = math.ceil(len(file.prompts) / world_size)  # that a process has
+    starts = range(0, most_rows, batch_size)
     for start in tqdm(starts, desc=f"evaluate {name}", leave=False, disable=None):
         batch = rows[start : start + batch_size]
+        if not batch:  # a process without rows left takes part, since --shard needs all in a forward pass
+            sample(file.prompts[:1], file.metadata[:1], [0])
+            continue
         prompts = [file.prompts[row] for row in batch]
         metadata = [file.metadata[row] for row in batch]
         samples = sample(prompts, metadata, batch)

@@ -347,8 +347,11 @@ def test_every_image_is_sampled_once_with_its_group(name, world_size, micro_batc
     for rank, updates in enumerate(processes):
         assert len(updates) == num_updates
         for update, micro_batches in enumerate(updates):
-            assert all(len(batch) == micro_batch_size for batch in micro_batches[:-1])
-            assert 1 <= len(micro_batches[-1]) <= micro_batch_size
+            assert all(1 <= len(batch) <= micro_batch_size for batch in micro_batches)
+            most = max(len(process[update]) for process in processes)
+            assert len(micro_batches) == min(most, sum(map(len, micro_batches)))  # as many in all processes
+            if world_size == 1:
+                assert all(len(batch) == micro_batch_size for batch in micro_batches[:-1])
             for number in sum(micro_batches, []):
                 assert number not in owner
                 owner[number] = rank, update
@@ -379,7 +382,8 @@ def test_a_split_worked_out_by_hand():
     # prompts 0 to 3 with 2, 3, 1 and 2 images, of 3 at most; two processes, two updates, micro-batches of 2
     first = split_images([2, 3, 1, 2], 3, 2, 2, 0, 2)
     second = split_images([2, 3, 1, 2], 3, 2, 2, 1, 2)
-    assert first == ([0, 1, 6], [[slice(0, 2)], [slice(2, 3)]])
+    # the first process has two images where the second has three, and cuts them in two as well
+    assert first == ([0, 1, 6], [[slice(0, 1), slice(1, 2)], [slice(2, 3)]])
     assert second == ([3, 4, 5, 9, 10], [[slice(0, 2), slice(2, 3)], [slice(3, 5)]])
 
 

@@ -1,0 +1,96 @@
+"""--shard: the frozen weights are split among processes, and nothing else changes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+import fdfo
+import flow_grpo
+import promptrl
+import superflow
+from rewards import BadInput
+from small_runs import metrics
+
+FLAGS = {  # what a run of a file needs beside --lora-rank
+    "flow_grpo": {"kl_coef": 0.1, "gradient_checkpointing": True},
+    "superflow": {"start_images": 1},
+    "fdfo": {},
+    "promptrl": {"sde_window": 2},
+}
+MODULES = {"flow_grpo": flow_grpo, "superflow": superflow, "fdfo": fdfo, "promptrl": promptrl}
+
+
+def learning_flags(small, name, **changes):
+    """Flags of a run whose images differ in their reward, and whose eval rows do not divide by two."""
+    flags = small(num_iterations=1, num_prompts_per_iteration=8, lora_rank=2, save_every=1)
+    return flags | {"rewards": "small_runs:brightness"} | FLAGS[name] | changes
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_sharded_run_equals_one_that_is_not(small, start_processes, tmp_path, name):
+    runs = []
+    for shard in (False, True):
+        flags = learning_flags(small, name, shard=shard, output_dir=str(tmp_path / str(shard)))
+        runs.append(start_processes(MODULES[name], flags)())
+    plain, sharded = runs
+    assert metrics(sharded) == metrics(plain)
+    states = [flow_grpo.report.read_checkpoint(run) for run in runs]
+    weights = [state.get("weights", state.get("transformer")) for state in states]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_superflow_is_refused_where_a_process_would_have_fewer_passes(monkeypatch):
+    """With a micro-batch of one image, a group of 8 takes 8 passes, and the smallest group has 5 images."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = {"shard": True, "lora_rank": 4, "num_images_per_prompt": 8, "num_bins": 4}
+    superflow.check_args(superflow.Args(micro_batch_size=2, **flags))
+    with pytest.raises(BadInput, match="--shard needs as many micro-batches in all processes"):
+        superflow.check_args(superflow.Args(micro_batch_size=1, **flags))
+
+
+def check_shares():
+    """In each process: the frozen weights of the blocks are shared out, and the LoRA is whole."""
+    original = flow_grpo.load_model
+
+    def load_model(*arguments):
+        pipe, transformer, reference = original(*arguments)
+        own = 0
+        for name, parameter in transformer.named_parameters():
+            assert isinstance(parameter, DTensor) != (".lora_" in name), name
+            if isinstance(parameter, DTensor):
+                own += parameter.to_local().numel()
+        total = sum(
+            parameter.numel() for name, parameter in transformer.named_parameters() if ".lora_" not in name
+        )
+        assert own <= 1.02 * total / dist.get_world_size(), (own, total)
+        return pipe, transformer, reference
+
+    flow_grpo.load_model = load_model
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_each_process_holds_its_share(small, start_processes, count):
+    flags = learning_flags(small, "flow_grpo", shard=True)
+    start_processes(flow_grpo, flags, count=count, prepare=check_shares)()
+
+
+def test_a_sharded_run_resumes_with_another_number_of_processes(small, start_processes):
+    flags = learning_flags(small, "flow_grpo", shard=True)
+    run_dir = start_processes(flow_grpo, flags, count=2)()
+    assert len(metrics(run_dir)) == 2
+    text = (run_dir / "args.json").read_text()
+    (run_dir / "args.json").write_text(text.replace('"num_iterations": 1', '"num_iterations": 2'))
+    start_processes(flow_grpo, {"resume": str(run_dir)}, count=4)()
+    assert [row["iteration"] for row in metrics(run_dir)] == [0, 1, 2]
+    assert (run_dir / "lora").is_dir()
+
+
+@pytest.mark.parametrize("changes", [{"lora_rank": 0}, {}, {"compile": True}], ids=str)
+def test_what_cannot_be_sharded_is_refused(small, monkeypatch, changes):
+    if changes:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    for module in MODULES.values():
+        with pytest.raises(BadInput, match="--shard needs --lora-rank above 0 and several processes"):
+            module.check_args(module.Args(shard=True, **{"lora_rank": 4} | changes))
