@@ -124,7 +124,9 @@ def test_run_folder_and_last_lines(small, capsys):
         name for line in (run_dir / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)
     }
     for name in logged - {"iteration"}:
-        stem = name if not name.startswith(("eval/", "rewards/")) else name.split("/")[0] + "/"
+        stem = name
+        if name.startswith(("eval/", "rewards/", "pictures/")):
+            stem = name.split("/")[0] + "/"
         assert f"`{stem}" in documented, f"{name} is not explained in docs/flow_grpo.md"
 
 
