@@ -32,7 +32,7 @@ Two biases are kept as published. A reply's loss is divided by its number of tok
 reply weighs less. The mean of a group includes the image itself, which shrinks the gradient by (K - 1) / K.
 
 Run (time and memory: docs/promptrl.md; the commands for real models were not run with real weights):
-  python promptrl.py                                         # the tiny world: 1.2 GB, 5 minutes on one core
+  python promptrl.py                                         # the tiny world: 1.2 GB, 4 minutes on one core
   python promptrl.py --model stabilityai/stable-diffusion-3.5-medium --max-sequence-length 256 \\
       --lm Qwen/Qwen2.5-VL-3B-Instruct --max-new-tokens 512 --resolution 512 \\
       --rewards ocr --prompts ocr/train.txt --eval-prompts ocr/test.txt \\
