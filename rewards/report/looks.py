@@ -59,7 +59,7 @@ def changed_looks(before, after):
     own = [suffix for suffix in suffixes if "_paraphrased" not in suffix and "_hard" not in suffix]
     if not own:
         return []
-    suffix = max(own)
+    suffix = max(own)  # the last in the order of names: _enhanced and _loop come after the plain prompt
     changed = []
     for name in ("brightness", "contrast", "saturation", "edges", "variety"):
         base = before.get(f"pictures/{name}")
