@@ -60,6 +60,7 @@ def workers(launcher):
 def test_when_a_process_dies_all_end_and_one_process_resumes(small, tmp_path, rank):
     flags = small(num_iterations=6, num_prompts_per_iteration=4, save_every=1)
     flags["output_dir"] = str(tmp_path / "runs")
+    Path(flags["output_dir"]).mkdir()  # else it comes and goes while the run checks that it can be written
     launcher = torchrun(flags, "--nproc_per_node=2", f"--master_port={free_port()}")
     while launcher.poll() is None:
         runs = list(Path(flags["output_dir"]).glob("*/checkpoint/state.pt"))
