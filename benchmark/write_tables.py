@@ -19,6 +19,7 @@ from rewards.geneval.detection import TAGS
 DOCUMENTS = (
     "README.md",
     "docs/results.md",
+    "docs/log.md",
     "tiny/README.md",
     "tiny/sd3b/README.md",
 )
@@ -220,6 +221,19 @@ def short_table():
     return table([f"test prompts, mean of the folds {names}", "strict"], rows)
 
 
+def busy_cores_table():
+    """A table of the time of the same work with one and two threads, beside an idle and a busy core."""
+    record = json.loads((RESULTS / "speed/busy_cores.json").read_text())
+    ratios = record["ratio_to_one_thread"]
+    rows = []
+    for case, ratio in ratios.items():
+        threads, neighbour = case.split(", beside ")
+        if neighbour == "an idle core":
+            rows.append([threads, f"{ratio:.2f}", f"{ratios[f'{threads}, beside a busy core']:.2f}"])
+    head = ["time, as a multiple of one thread's", "the other core is idle", "the other core is busy"]
+    return table(head, rows) + ["", source_of(record)]
+
+
 def fill(text, name, lines):
     """The text with these lines between the comments <!-- name --> and <!-- end -->, where it has them."""
     pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
@@ -237,6 +251,7 @@ def write_tables():
         "default runs": runs_table("default"),
         "superseded runs": runs_table("superseded_*"),
         "trials": trials_table(),
+        "busy cores": busy_cores_table(),
     }
     texts = "".join((ROOT / name).read_text() for name in DOCUMENTS)
     for table_name in tables:

@@ -179,3 +179,15 @@ def test_a_table_that_has_no_place_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(write_tables, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match="no document has a place for the table: texts on dev"):
         write_tables.write_tables()
+
+
+def test_the_cost_of_a_busy_core_has_a_row_per_number_of_threads(results):
+    ratios = {}
+    for threads, idle, busy in (("1 thread", 1.0, 0.9), ("2 threads", 0.6, 2.0)):
+        ratios |= {f"{threads}, beside an idle core": idle, f"{threads}, beside a busy core": busy}
+    record = {"command": "c", "commit": "abc", "date": "d", "machine": "m", "ratio_to_one_thread": ratios}
+    (results / "speed").mkdir()
+    (results / "speed/busy_cores.json").write_text(json.dumps(record))
+    lines = write_tables.busy_cores_table()
+    assert lines[2:4] == ["| 1 thread | 1.00 | 0.90 |", "| 2 threads | 0.60 | 2.00 |"]
+    assert lines[-1] == "`c`, commit abc, d, m."
