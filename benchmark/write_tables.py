@@ -221,6 +221,23 @@ def short_table():
     return table([f"test prompts, mean of the folds {names}", "strict"], rows)
 
 
+def wordings_table():
+    """A row per algorithm: means over the default runs before and after training, for each wording."""
+    rows = []
+    for algorithm, records in read_test_runs("default").items():
+        name, _, way = SCORES.get(algorithm, "eval/geneval_strict").partition("strict")
+        cells = []
+        for wording in ("", "_paraphrased", "_hard"):
+            pairs = [evaluated(record, f"{name}strict{wording}{way}") for record in records]
+            before, after = np.mean(pairs, axis=0)
+            cells += [f"{before:.3f}", f"{after:.3f}"]
+        rows.append([ALGORITHMS[algorithm], *cells])
+    head = ["mean over the runs"]
+    for wording in ("as in training", "paraphrased", "hard"):
+        head += [f"{wording}: before", "after"]
+    return table(head, rows)
+
+
 def busy_cores_table():
     """A table of the time of the same work with one and two threads, beside an idle and a busy core."""
     record = json.loads((RESULTS / "speed/busy_cores.json").read_text())
@@ -251,6 +268,7 @@ def write_tables():
         "default runs": runs_table("default"),
         "superseded runs": runs_table("superseded_*"),
         "trials": trials_table(),
+        "wordings": wordings_table(),
         "busy cores": busy_cores_table(),
     }
     texts = "".join((ROOT / name).read_text() for name in DOCUMENTS)
