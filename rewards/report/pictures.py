@@ -12,6 +12,8 @@ import matplotlib.figure
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from rewards.sources import load_source
+
 SIDE = 192  # pixels of a picture in a sheet
 GAP = 8
 LINE = 15  # height of a line of text
@@ -82,9 +84,13 @@ def to_image(picture):
 
 
 def save_samples(path, evaluation):
-    """The shown images of an evaluation, each with its caption and reward."""
+    """The shown images of an evaluation, with captions and rewards. An edit stands beside its source."""
     cells = []
     for row in sorted(evaluation.pictures):
+        source = evaluation.metadata[row].get("source")
+        if source:
+            size = evaluation.pictures[row].shape[-1]
+            cells.append(Cell(["image to edit"], picture=load_source(source, size).permute(1, 2, 0)))
         lines = wrap(evaluation.captions[row], lines_per_paragraph=3)
         score = format_score(evaluation.scores["reward"][row])
         cells.append(Cell(lines, score, evaluation.pictures[row].permute(1, 2, 0)))

@@ -184,6 +184,20 @@ def test_a_sheet_has_eight_pictures_in_a_row(tmp_path, count, rows):
     assert width == 8 * 200 + 8 and height == rows * (192 + 8 + 15 + 15 + 4) + 8
 
 
+def test_an_edit_stands_beside_its_source(tmp_path):
+    """The source is shown as the model gets it: the square at its centre."""
+    source = Image.new("RGB", (200, 100), (255, 0, 0))
+    source.paste((0, 0, 255), (50, 0, 150, 100))
+    source.save(tmp_path / "source.png")
+    evaluation = make_evaluation(count=2)._replace(metadata=[{"source": str(tmp_path / "source.png")}] * 2)
+    pictures.save_samples(tmp_path / "samples.png", evaluation)
+    sheet = np.array(Image.open(tmp_path / "samples.png"))
+    top = sheet.shape[0] - 8 - 192
+    colors = [tuple(sheet[top + 96, 8 + 200 * column + 96]) for column in range(5)]
+    blue, grey, white = (0, 0, 255), (128, 128, 128), (255, 255, 255)
+    assert colors == [blue, grey, blue, grey, white]
+
+
 @pytest.mark.parametrize("side", [8, 64, 192, 512, 1000])
 def test_a_picture_of_any_size_fills_its_place(side):
     image = pictures.to_image(torch.full((side, side, 3), 0.2))
