@@ -17,6 +17,11 @@ ON_TEST_TEXTS = (
     "--rewards ocr --eval-noises 2 --eval-seed {seed} "
     f"--prompts {FOLD}/text_train.jsonl --eval-prompts {FOLD}/text_test.jsonl"
 )
+ON_TEST_EDITS = (
+    "--model tiny/flux --rewards edit --guidance-scale 3 --eval-noises 2 --eval-seed {seed} "
+    f"--prompts {FOLD}/edit_train.jsonl --eval-prompts {FOLD}/edit_test.jsonl"
+)
+FLUX = "--model tiny/flux --guidance-scale 3"
 EVAL_EVERY = {  # iterations: a default run is evaluated before, once or twice on the way, and after
     "flow_grpo": 64,
     "superflow": 48,
@@ -27,7 +32,6 @@ EVAL_EVERY = {  # iterations: a default run is evaluated before, once or twice o
 NOT_YET = {  # arms of the protocol that have no row here yet
     "flow_grpo/soft",
     "promptloop/soft",
-    "promptrl/edit_*",
     "promptrl/tags_*",
 }
 
@@ -85,6 +89,23 @@ GROUPS = {
         Setting("promptrl/originals_0", "--num-original-prompts 0", "all images from rewrites"),
         Setting("promptrl/originals_1", "--num-original-prompts 1", "one image per prompt from the prompt"),
         Setting("promptrl/originals_4", "--num-original-prompts 4", "half of the images from the prompt"),
+    ],
+    "edit": [
+        Setting("promptrl/edit_both", "", "edits: both models learn", ON_TEST_EDITS),
+        Setting(
+            "promptrl/edit_flow_only",
+            "--num-original-prompts 8",
+            "edits: the flow model alone, no rewrites",
+            ON_TEST_EDITS,
+        ),
+        Setting("promptrl/edit_lm_only", "--trained lm", "edits: the language model alone", ON_TEST_EDITS),
+    ],
+    "flux": [
+        Setting("flow_grpo/flux", FLUX, "Flow-GRPO on tiny/flux"),
+        Setting("superflow/flux", FLUX, "SuperFlow on tiny/flux"),
+        Setting("fdfo/flux", FLUX, "FDFO on tiny/flux"),
+        Setting("promptrl/flux", FLUX, "PromptRL on tiny/flux"),
+        Setting("promptloop/flux", FLUX, "PromptLoop on tiny/flux"),
     ],
     "promptloop": [
         Setting("promptloop/one_refinement", "--num-refinements 1", "the prompt is written once, beforehand"),

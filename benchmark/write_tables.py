@@ -8,13 +8,16 @@ benchmark/results/: from the baselines (measure_baselines) and from the runs (ru
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 
+from benchmark import edit_tables
 from benchmark.choose_learning_rates import TRIAL_FLAGS
 from benchmark.markdown import table
 from benchmark.records import RESULTS, ROOT
 from rewards.geneval.detection import TAGS
+from tiny.world import EDITS
 
 DOCUMENTS = (
     "README.md",
@@ -22,6 +25,8 @@ DOCUMENTS = (
     "docs/log.md",
     "tiny/README.md",
     "tiny/sd3b/README.md",
+    "tiny/flux/README.md",
+    "docs/promptrl.md",
 )
 ALGORITHMS = {
     "flow_grpo": "Flow-GRPO",
@@ -55,13 +60,13 @@ def best_guidance(settings):
     return max(settings[name]["strict"] for name in names)
 
 
-def baseline_rows(record):
+def baseline_rows(settings, tag_names):
     """Cells of each setting: its name, its strict score, the noises' standard deviation, and the tags."""
     rows = []
-    for name, own in record["settings"].items():
+    for name, own in settings.items():
         count = len(own["images"])
         spread = "" if own["std_over_noises"] is None else f"{own['std_over_noises']:.3f}"
-        tags = [f"{own['tags'][tag]:.3f}" for tag in TAGS]
+        tags = [f"{own['tags'][tag]:.3f}" for tag in tag_names]
         rows.append([name, f"{own['strict']:.3f}", f"{spread} ({count})", *tags])
     return rows
 
@@ -71,20 +76,25 @@ def source_of(record):
     return f"`{record['command']}`, commit {record['commit']}, {record['date']}, {record['machine']}."
 
 
-def baselines_table(model, split):
-    """A table of what a model scores before any training, with its source."""
+def baselines_table(model, split, part="settings"):
+    """A table of what a model scores before any training, with its source.
+
+    part: "settings", of prompts to draw, or "edits".
+    """
     record = read_baselines(model, split)
-    head = ["nothing is learned", "strict", "std over noises (number)", *TAGS]
-    return table(head, baseline_rows(record)) + ["", source_of(record)]
+    tag_names = EDITS if part == "edits" else TAGS
+    head = ["nothing is learned", "strict", "std over noises (number)", *tag_names]
+    return table(head, baseline_rows(record[part], tag_names)) + ["", source_of(record)]
 
 
 def texts_table(models):
     """A table of what models score on the texts of the development split, by OCR, at each guidance scale."""
     records = {model: read_baselines(model, "dev") for model in models}
-    scales = list(records[models[0]]["ocr"])
+    scales = max((list(record["ocr"]) for record in records.values()), key=len)
     rows = []
     for model, record in records.items():
-        cells = [f"{own['mean']:.3f} ({own['std_over_noises']:.3f})" for own in record["ocr"].values()]
+        measured = [record["ocr"].get(scale) for scale in scales]
+        cells = [f"{own['mean']:.3f} ({own['std_over_noises']:.3f})" if own else "" for own in measured]
         rows.append([f"tiny/{model}", *cells])
     return table(["OCR, mean (std over noises)", *[f"guidance {scale}" for scale in scales]], rows)
 
@@ -92,8 +102,8 @@ def texts_table(models):
 def read_test_runs(settings):
     """{algorithm: the records of its runs on test prompts}, of those that were measured.
 
-    settings: a pattern of the folders' names: "default", or "superseded_*" for defaults that were replaced
-    after they had been run on the test prompts.
+    settings: a pattern of the folders' names: "default", "flux", or "superseded_*" for defaults that were
+    replaced after they had been run on the test prompts.
     """
     runs = {}
     for algorithm in ALGORITHMS:
@@ -116,7 +126,8 @@ def run_rows(runs):
         score = SCORES.get(algorithm, "eval/geneval_strict")
         for record in records:
             fold = fold_of_run(record)
-            settings = read_baselines("sd3", "test", fold)["settings"]
+            model = Path(record["args"]["model"]).name
+            settings = read_baselines(model, "test", fold)["settings"]
             before, after = evaluated(record, score)
             scripted = settings["scripted"]["strict"]
             best = best_guidance(settings)
@@ -259,14 +270,21 @@ def fill(text, name, lines):
 
 def write_tables():
     """Fills all tables of all documents."""
+    edit_runs = edit_tables.read_runs()
     tables = {
         "results": short_table(),
         "baselines": baselines_table("sd3", "test"),
         "baselines on dev": baselines_table("sd3", "dev"),
         "second model on dev": baselines_table("sd3b", "dev"),
-        "texts on dev": texts_table(["sd3", "sd3b"]),
+        "flux on dev": baselines_table("flux", "dev"),
+        "edits on dev": baselines_table("flux", "dev", "edits"),
+        "texts on dev": texts_table(["sd3", "sd3b", "flux"]),
         "default runs": runs_table("default"),
         "superseded runs": runs_table("superseded_*"),
+        "flux runs": runs_table("flux"),
+        "edit runs": edit_tables.runs_table(edit_runs),
+        "edit kinds": edit_tables.kinds_table(edit_runs),
+        "edit claims": edit_tables.claims_table(edit_runs),
         "trials": trials_table(),
         "wordings": wordings_table(),
         "busy cores": busy_cores_table(),

@@ -31,7 +31,7 @@ from tiny.pretraining import fit, parse_options
 from tiny.scoring import print_scores
 
 HERE = Path(__file__).parent
-FLOW_STEPS = 10000
+FLOW_STEPS = 20000
 DISTILL_STEPS = 2000
 LARGEST_GUIDANCE = 4.0  # of the scales that the model learns
 EDIT_SHARE = 0.4  # of the images of a step

@@ -14,7 +14,8 @@ def baselines(base, guidance_2, scripted):
 
 def run(algorithm, seed, command, score, values):
     metrics = [{score: value, "charts/num_images": 1000 * k} for k, value in enumerate(values)]
-    return {"seed": seed, "command": command, "commit": "abc", "seconds": 90, "metrics": metrics}
+    record = {"seed": seed, "command": command, "commit": "abc", "seconds": 90, "metrics": metrics}
+    return record | {"args": {"model": "tiny/sd3"}}
 
 
 @pytest.fixture
