@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmark import edit_tables
 from benchmark.choose_learning_rates import TRIAL_FLAGS
 from benchmark.markdown import table
 from benchmark.records import RESULTS, ROOT
@@ -26,7 +25,6 @@ DOCUMENTS = (
     "tiny/README.md",
     "tiny/sd3b/README.md",
     "tiny/flux/README.md",
-    "docs/promptrl.md",
 )
 ALGORITHMS = {
     "flow_grpo": "Flow-GRPO",
@@ -270,7 +268,6 @@ def fill(text, name, lines):
 
 def write_tables():
     """Fills all tables of all documents."""
-    edit_runs = edit_tables.read_runs()
     tables = {
         "results": short_table(),
         "baselines": baselines_table("sd3", "test"),
@@ -281,10 +278,6 @@ def write_tables():
         "texts on dev": texts_table(["sd3", "sd3b", "flux"]),
         "default runs": runs_table("default"),
         "superseded runs": runs_table("superseded_*"),
-        "flux runs": runs_table("flux"),
-        "edit runs": edit_tables.runs_table(edit_runs),
-        "edit kinds": edit_tables.kinds_table(edit_runs),
-        "edit claims": edit_tables.claims_table(edit_runs),
         "trials": trials_table(),
         "wordings": wordings_table(),
         "busy cores": busy_cores_table(),
