@@ -159,15 +159,32 @@ def runs_table(settings):
     return lines
 
 
-def read_trials():
-    """{algorithm: {setting: its records}} of the runs that settings were chosen from."""
+def read_trials(experiment):
+    """{algorithm: {setting: its records}} of the runs that settings were chosen from.
+
+    experiment: the ending of the folders' names: "" for tiny/sd3, "_flux" for prompts on tiny/flux, "_edit"
+    for edits.
+    """
     trials = {}
     for algorithm in ALGORITHMS:
-        paths = sorted((RESULTS / "trials" / algorithm).glob("*/seed-*.json"))
+        paths = sorted((RESULTS / "trials" / f"{algorithm}{experiment}").glob("*/seed-*.json"))
         for path in paths:
             own = trials.setdefault(algorithm, {})
             own.setdefault(path.parent.name, []).append(json.loads(path.read_text()))
     return trials
+
+
+def trained_score(record, algorithm):
+    """The name of the score of a trial: the reward of edits, or else the strict score of prompts.
+
+    It is that of the way of sampling that the run trained: without rewrites, where it had none.
+    """
+    if record["args"]["rewards"] == "edit":
+        names = ["eval/edit_enhanced", "eval/edit"]
+    else:
+        names = [SCORES.get(algorithm, "eval/geneval_strict"), "eval/geneval_strict"]
+    measured = set().union(*record["metrics"])
+    return next(name for name in names if name in measured)
 
 
 def own_flags(record):
@@ -186,13 +203,13 @@ def own_flags(record):
     return " ".join(flags)
 
 
-def trials_table():
-    """A table of all trials, the best last: flags, seeds, and the strict score on the dev prompts."""
+def trials_table(experiment=""):
+    """A table of all trials, the best last: flags, seeds, and the score on the dev prompts or dev edits."""
     rows = []
-    for algorithm, settings in read_trials().items():
-        score = SCORES.get(algorithm, "eval/geneval_strict")
+    for algorithm, settings in read_trials(experiment).items():
         own = []
         for records in settings.values():
+            score = trained_score(records[0], algorithm)
             before, after = np.array([evaluated(record, score) for record in records]).T
             cells = [
                 ALGORITHMS[algorithm],
@@ -279,6 +296,8 @@ def write_tables():
         "default runs": runs_table("default"),
         "superseded runs": runs_table("superseded_*"),
         "trials": trials_table(),
+        "flux trials": trials_table("_flux"),
+        "edit trials": trials_table("_edit"),
         "wordings": wordings_table(),
         "busy cores": busy_cores_table(),
     }

@@ -130,13 +130,37 @@ def test_trials_are_sorted_by_their_score_and_say_what_they_changed(results):
         path = results / "trials" / "flow_grpo" / rate / f"seed-{seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         record = run("flow_grpo", seed, command.format(rate, seed), "eval/geneval_strict", (0.4, after))
-        record["args"] = {"learning_rate": float(rate)}
+        record["args"] = {"learning_rate": float(rate), "rewards": "geneval"}
         path.write_text(json.dumps(record))
     lines = write_tables.trials_table()
     assert lines[2:] == [
         "| Flow-GRPO | `--learning-rate 1e-4` | abc | 11 | 1,000 | 0.400 | 0.500 | 0.500 |",
         "| Flow-GRPO | `--learning-rate 1e-3` | abc | 11, 12 | 1,000 | 0.400 | 0.600, 0.700 | 0.650 |",
     ]
+
+
+@pytest.mark.parametrize(
+    "algorithm, reward, measured, expected",
+    [
+        ("flow_grpo", "geneval", ["eval/geneval_strict"], "eval/geneval_strict"),
+        (
+            "promptrl",
+            "geneval",
+            ["eval/geneval_strict", "eval/geneval_strict_enhanced"],
+            "eval/geneval_strict_enhanced",
+        ),
+        ("promptrl", "geneval", ["eval/geneval_strict"], "eval/geneval_strict"),
+        ("promptrl", "edit", ["eval/edit", "eval/edit_enhanced"], "eval/edit_enhanced"),
+        ("promptrl", "edit", ["eval/edit"], "eval/edit"),
+    ],
+)
+def test_a_trial_is_scored_by_the_way_of_sampling_that_it_trained(algorithm, reward, measured, expected):
+    """Some scores are measured before and after training only, so they are not in each row."""
+    record = {
+        "args": {"rewards": reward},
+        "metrics": [dict.fromkeys(measured, 0.5), {"charts/num_images": 8}],
+    }
+    assert write_tables.trained_score(record, algorithm) == expected
 
 
 @pytest.mark.parametrize(
