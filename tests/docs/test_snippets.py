@@ -13,8 +13,14 @@ import subprocess
 import sys
 
 import documents
+import numpy as np
 import pytest
+import torch
 from documents import ALGORITHMS, ROOT
+from einops import rearrange
+from PIL import Image
+
+from rewards.tiny_world.shapes import detect
 
 # What a documented run of an algorithm file gets besides its own flags, to be short.
 SMALL = {
@@ -127,6 +133,22 @@ def test_a_page_can_be_followed(page, copy):
     for command in short_commands(page):
         printed = run(words_of(command, copy), copy)
         assert printed or command.target == "tiny.world", command
+
+
+def objects_in(path):
+    """The objects of the tiny world that a picture shows."""
+    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB")))
+    return detect(rearrange(pixels, "h w c -> 1 c h w") / 255)[0]
+
+
+@pytest.mark.parametrize(
+    "page, picture", [("tiny/README.md", "circle.png"), ("tiny/flux/README.md", "edited.png")]
+)
+def test_the_snippet_of_a_model_draws_objects(page, picture, copy):
+    """With another length of the prompt than in pretraining, for example, a picture would be empty."""
+    for block in python_blocks(page):
+        follow(block, copy)
+    assert objects_in(copy / picture)
 
 
 def test_snippets_are_found():
