@@ -79,18 +79,24 @@ def first_rows(record, num_iterations):
 
 
 def differences(record, rows):
-    """What differs between the record and a new run: a line per number."""
+    """(what differs between the record and a new run, a line per number; how many numbers only one has)."""
     lines = []
+    num_in_one = 0
     for old, new in zip(record["metrics"], rows):
         old, new = without_clock(old), without_clock(new)
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
-                lines.append(f"iteration {old['iteration']}, {name}: {old.get(name)}, now {new.get(name)}")
-    return lines
+        for name in sorted(old.keys() & new.keys()):
+            if old[name] != new[name]:
+                lines.append(f"iteration {old['iteration']}, {name}: {old[name]}, now {new[name]}")
+        num_in_one += len(old.keys() ^ new.keys())
+    return lines, num_in_one
 
 
 def check(group, num_iterations, results):
-    """Compares the first record of each setting with a new run. Returns whether all are the same."""
+    """Compares the first record of each setting with a new run. Returns whether all are the same.
+
+    A file may measure more or less than when the record was made. Such numbers are counted, and do not count
+    as differences.
+    """
     same = True
     for setting in GROUPS[group]:
         records = read_records(setting.name, results)
@@ -98,11 +104,13 @@ def check(group, num_iterations, results):
             print(f"{setting.name}: no record to compare with")
             continue
         rows = first_rows(records[0], num_iterations)
-        lines = differences(records[0], rows)
+        lines, num_in_one = differences(records[0], rows)
         if len(rows) <= num_iterations:
             lines.append(f"the run ended after {len(rows)} rows of metrics.jsonl")
         same = same and not lines
         state = "\n  ".join([f"{len(lines)} differences", *lines[:5]]) if lines else "the same"
+        if num_in_one > 0:
+            state += f" ({num_in_one} numbers were measured in one of the two only)"
         print(f"{setting.name} seed {records[0]['seed']}, {num_iterations} iterations: {state}", flush=True)
     return same
 

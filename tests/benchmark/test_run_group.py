@@ -101,6 +101,14 @@ def test_a_number_that_differs_in_its_last_digit_fails_the_check(group, capsys):
     assert capsys.readouterr().out == "a/setting seed 1, 2 iterations: 1 differences\n" + line
 
 
+def test_numbers_that_only_one_has_are_counted(group, capsys):
+    write, record = group
+    record["metrics"][0]["eval/geneval_hard"] = 0.5
+    assert run_group.check("a group", 2, write(record))
+    expected = "a/setting seed 1, 2 iterations: the same (1 numbers were measured in one of the two only)\n"
+    assert capsys.readouterr().out == expected
+
+
 def test_a_run_that_ends_early_fails_the_check(group, capsys):
     write, record = group
     record["command"] += " --no-such-flag"
