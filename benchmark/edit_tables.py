@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 
-from benchmark.inference import compare, verdict
+from benchmark.inference import claim_row
 from benchmark.markdown import table
 from benchmark.records import RESULTS
 from tiny.world import EDITS
@@ -123,18 +123,5 @@ def claims_table(runs):
             rewritten_after - scores(lm_only, "_enhanced", True),
         ),
     ]
-    rows = []
-    for claim, differences in claims:
-        comparison = compare(differences)
-        outcome = verdict(comparison)
-        if outcome == "inconclusive":
-            outcome += f" (could have seen {comparison.detectable:.3f})"
-        rows.append(
-            [
-                claim,
-                ", ".join(f"{difference:+.3f}" for difference in differences),
-                f"{comparison.mean:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]",
-                outcome,
-            ]
-        )
+    rows = [claim_row(claim, differences) for claim, differences in claims]
     return table(["claim (the paper's EditReward)", "difference of each seed", "mean, 95%", "verdict"], rows)

@@ -87,6 +87,17 @@ def verdict(comparison, margin=MARGIN):
     return "inconclusive"
 
 
+def claim_row(claim, differences):
+    """Cells of a claim that the differences are above 0, judged as docs/protocol.md says."""
+    comparison = compare(differences)
+    outcome = verdict(comparison)
+    if outcome == "inconclusive":
+        outcome += f" (could have seen {comparison.detectable:.3f})"
+    each = ", ".join(f"{difference:+.3f}" for difference in differences)
+    interval = f"{comparison.mean:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]"
+    return [claim, each, interval, outcome]
+
+
 def holm(p_values):
     """P values of a family of claims, adjusted by Holm's method: the chance that any is found falsely.
 

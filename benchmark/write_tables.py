@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmark.choose_learning_rates import TRIAL_FLAGS
+from benchmark.inference import claim_row
 from benchmark.markdown import table
 from benchmark.records import RESULTS, ROOT
 from rewards.geneval.detection import TAGS
@@ -146,6 +147,25 @@ def run_rows(runs):
                 ]
             )
     return rows
+
+
+def claims_table():
+    """What the default runs say: the difference of each seed, its 95% interval, and the verdict."""
+    rows = []
+    for algorithm, records in read_test_runs("default").items():
+        score = SCORES.get(algorithm, "eval/geneval_strict")
+        reference = "the scripted wording" if algorithm in SCORES else "the base at its best guidance"
+        differences, gains = [], []
+        for record in records:
+            settings = read_baselines("sd3", "test", fold_of_run(record))["settings"]
+            before, after = evaluated(record, score)
+            unlearned = settings["scripted"]["strict"] if algorithm in SCORES else best_guidance(settings)
+            differences.append(after - unlearned)
+            gains.append(after - before)
+        rows.append(claim_row(f"{ALGORITHMS[algorithm]} ends above {reference}", differences))
+        if algorithm == "promptloop":
+            rows.append(claim_row("PromptLoop ends above its own untrained policy", gains))
+    return table(["claim", "difference of each seed", "mean, 95%", "verdict"], rows)
 
 
 def runs_table(settings):
@@ -294,6 +314,7 @@ def write_tables():
         "edits on dev": baselines_table("flux", "dev", "edits"),
         "texts on dev": texts_table(["sd3", "sd3b", "flux"]),
         "default runs": runs_table("default"),
+        "claims": claims_table(),
         "superseded runs": runs_table("superseded_*"),
         "trials": trials_table(),
         "flux trials": trials_table("_flux"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmark import inference
-from benchmark.inference import Comparison, compare, verdict
+from benchmark.inference import Comparison, claim_row, compare, verdict
 
 
 @pytest.mark.parametrize(
@@ -107,3 +107,9 @@ def test_verdicts_that_are_too_bold_would_be_noticed(monkeypatch):
     """The same simulation with normal quantiles in place of Student's finds too many differences."""
     monkeypatch.setattr(inference, "student_quantile", lambda probability, _: 1.96)
     assert inference.simulate(4, effect=0.0).false_verdicts > 0.1
+
+
+def test_a_claim_is_judged_by_its_interval():
+    row = claim_row("a claim", [0.1, 0.12, 0.11])
+    assert row == ["a claim", "+0.100, +0.120, +0.110", "+0.110 [+0.085, +0.135]", "supported"]
+    assert claim_row("a claim", [0.1, -0.1, 0.11])[3].startswith("inconclusive (could have seen 0.")

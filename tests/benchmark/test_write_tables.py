@@ -216,3 +216,23 @@ def test_the_cost_of_a_busy_core_has_a_row_per_number_of_threads(results):
     lines = write_tables.busy_cores_table()
     assert lines[2:4] == ["| 1 thread | 1.00 | 0.90 |", "| 2 threads | 0.60 | 2.00 |"]
     assert lines[-1] == "`c`, commit abc, d, m."
+
+
+def test_flow_models_are_compared_with_guidance_and_rewriters_with_the_scripted_wording(results):
+    for algorithm, seed, score, after in (
+        ("promptrl", 2, "eval/geneval_strict_enhanced", 0.8),
+        ("promptloop", 1, "eval/geneval_strict_loop", 0.9),
+        ("promptloop", 2, "eval/geneval_strict_loop", 0.8),
+    ):
+        command = f"python {algorithm}.py --eval-prompts tiny/prompts/fold_{seed - 1}/test.jsonl"
+        record = run(algorithm, seed, command, score, (0.75, after))
+        path = results / algorithm / "default" / f"seed-{seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record))
+    cells = [line.split(" | ")[:2] for line in write_tables.claims_table()[2:]]
+    assert cells == [
+        ["| Flow-GRPO ends above the base at its best guidance", "+0.200, +0.050"],
+        ["| PromptRL ends above the scripted wording", "+0.100, +0.100"],
+        ["| PromptLoop ends above the scripted wording", "+0.100, +0.100"],
+        ["| PromptLoop ends above its own untrained policy", "+0.150, +0.050"],
+    ]
