@@ -18,7 +18,8 @@ ON_TEST_TEXTS = (
     f"--prompts {FOLD}/text_train.jsonl --eval-prompts {FOLD}/text_test.jsonl"
 )
 ON_TEST_EDITS = (
-    "--model tiny/flux --rewards edit --guidance-scale 3 --eval-noises 2 --eval-seed {seed} "
+    "--model tiny/flux --rewards edit --guidance-scale 3 --num-iterations 60 --learning-rate 3e-4 "
+    "--lm-learning-rate 5e-4 --eval-noises 2 --eval-seed {seed} "
     f"--prompts {FOLD}/edit_train.jsonl --eval-prompts {FOLD}/edit_test.jsonl"
 )
 FLUX = "--model tiny/flux --guidance-scale 3"
