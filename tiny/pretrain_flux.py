@@ -1,7 +1,8 @@
 """Pretrains the tiny world's editor, tiny/flux, from scratch, supervised only: no reward is ever seen here.
 
     python -m tiny.pretrain_flux flow       flow model and text encoders; the autoencoder is that of tiny/sd3
-    python -m tiny.pretrain_flux distill    makes the guidance scale an input of the model; needs the flow
+    python -m tiny.pretrain_flux prompts    trains on, mostly on prompts, which need longer than edits
+    python -m tiny.pretrain_flux distill    makes the guidance scale an input of the model; comes last
     python -m tiny.pretrain_flux eval       scores the finished pipeline on the dev prompts and the dev edits
 
 Each stage is deterministic from --seed on one machine and shows its progress. It writes a checkpoint to
@@ -32,9 +33,11 @@ from tiny.scoring import print_scores
 
 HERE = Path(__file__).parent
 FLOW_STEPS = 20000
+PROMPTS_STEPS = 8000
 DISTILL_STEPS = 2000
 LARGEST_GUIDANCE = 4.0  # of the scales that the model learns
 EDIT_SHARE = 0.4  # of the images of a step
+EDIT_SHARE_OF_PROMPTS_STAGE = 0.1
 
 
 # ---- data ----
@@ -85,9 +88,9 @@ class Batch(NamedTuple):
     x_0: torch.Tensor  # latents (B, C, h, w) to be drawn
 
 
-def draw_batches(dataset, edits, rng, batch_size):
+def draw_batches(dataset, edits, rng, batch_size, edit_share=EDIT_SHARE):
     """The two passes of a step: drawings and edits."""
-    num_edits = round(EDIT_SHARE * batch_size)
+    num_edits = round(edit_share * batch_size)
     prompts, x_0 = dataset.batch(rng, batch_size - num_edits)
     edit_prompts, sources, targets = edits.batch(rng, num_edits)
     return [Batch(prompts, None, x_0), Batch(edit_prompts, sources, targets)]
@@ -110,12 +113,12 @@ def velocity(transformer, x_t, t, embeds, pooled, sources, guidance_scale):
     return predict_flux_velocity(transformer, x_t, t, conditions, None, guidance_scale)
 
 
-def flow_loss(pipe, dataset, edits, batch_size, seed, step):
+def flow_loss(pipe, dataset, edits, batch_size, seed, edit_share, step):
     """The flow-matching loss on the images of a step: mean squared error of the velocity."""
     rng = random.Random(f"{seed}-flow-{step}")
     generator = torch.Generator().manual_seed(step)
     loss = 0.0
-    for batch in draw_batches(dataset, edits, rng, batch_size):
+    for batch in draw_batches(dataset, edits, rng, batch_size, edit_share):
         t, noise, x_t = add_noise(batch.x_0, generator)
         embeds, pooled = encode_prompts(pipe, batch.prompts)
         predicted = velocity(pipe.transformer, x_t, t, embeds, pooled, batch.sources, 1.0)
@@ -158,18 +161,34 @@ def pretrain_flow(args):
     """Trains the flow model and the text encoders, and saves the pipeline."""
     torch.manual_seed(args.seed)
     pipe = build_flux(AutoencoderKL.from_pretrained(HERE / "sd3" / "vae"))
-    datasets = make_datasets(pipe.vae, args)
-    loss_at = functools.partial(flow_loss, pipe, *datasets, args.batch_size, args.seed)
-    modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
     num_steps = args.steps or FLOW_STEPS
-    fit("flux_flow", modules, loss_at, args, num_steps, peak=1.5e-3, ema_decay=0.999)
+    fit_flow("flux_flow", pipe, args, args.seed, EDIT_SHARE, num_steps, peak=1.5e-3)
+
+
+def pretrain_prompts(args):
+    """Trains what the stage `flow` saved on, mostly on prompts, and saves the pipeline.
+
+    To put the right colour on the right one of two objects takes the model longer than to edit an image.
+    """
+    pipe = FluxKontextPipeline.from_pretrained(args.folder, dtype=torch.float32)
+    num_steps = args.steps or PROMPTS_STEPS
+    seed = f"{args.seed}-prompts"  # else the first batches of the stage `flow` come again
+    fit_flow("flux_prompts", pipe, args, seed, EDIT_SHARE_OF_PROMPTS_STAGE, num_steps, peak=1e-3)
+
+
+def fit_flow(name, pipe, args, seed, edit_share, num_steps, peak):
+    """Trains the flow model and the text encoders, and saves the pipeline. name: of the checkpoint."""
+    datasets = make_datasets(pipe.vae, args)
+    loss_at = functools.partial(flow_loss, pipe, *datasets, args.batch_size, seed, edit_share)
+    modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
+    fit(name, modules, loss_at, args, num_steps, peak=peak, ema_decay=0.999)
     save_pipeline(pipe, args.folder)
 
 
 def distill(args):
     """Teaches the flow model its own guided velocities, and saves the pipeline.
 
-    The text encoders stay as they are. The teacher is what the stage `flow` saved. It is kept in --work,
+    The text encoders stay as they are. The teacher is what the stage before saved. It is kept in --work,
     because the student takes its place.
     """
     teacher_folder = Path(args.work) / "flux_teacher"
@@ -226,7 +245,7 @@ def evaluate(args):
     print_scores(functools.partial(draw, pipe), REWARDS_OF_FILES, GUIDANCE_SCALES)
 
 
-STAGES = {"flow": pretrain_flow, "distill": distill, "eval": evaluate}
+STAGES = {"flow": pretrain_flow, "prompts": pretrain_prompts, "distill": distill, "eval": evaluate}
 
 if __name__ == "__main__":
     arguments = parse_options(__doc__, list(STAGES), ["flux"])

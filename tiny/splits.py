@@ -15,6 +15,7 @@ Per fold:
     dev_hard, test_hard                 the same lines, in longer sentences with their parts in another order
     text_train, text_dev, text_test     texts to write
     edit_train, edit_dev, edit_test     instructions, each for an image of prompts/sources/
+    edit_reworded_train, _dev, _test    the same edits, in synonyms that the editor has not learned to edit by
 """
 
 import functools
@@ -154,8 +155,8 @@ def source_name(quarter, number):
     return f"{quarter}_{number:03}.png"
 
 
-def edit_rows(name, fold):
-    """Rows that ask for an edit of an image."""
+def edit_rows(name, fold, reworded=False):
+    """Rows that ask for an edit of an image, in canonical words or in synonyms."""
     rows = []
     for quarter in range(FOLDS):
         if split_name(quarter, fold) != name:
@@ -163,7 +164,8 @@ def edit_rows(name, fold):
         for number, (_, edit) in enumerate(edits_of(quarter)):
             source = f"../sources/{source_name(quarter, number)}"
             keep = [described(thing) for thing in edit.kept]
-            rows.append(edit.content | {"prompt": edit.instruction, "source": source, "keep": keep})
+            prompt = edit.reworded if reworded else edit.instruction
+            rows.append(edit.content | {"prompt": prompt, "source": source, "keep": keep})
     return rows
 
 
@@ -191,6 +193,7 @@ def write_fold(folder, fold):
             write_rows(folder, f"{name}_hard", reworded(rows, world.hard_paraphrase, fold))
         write_rows(folder, f"text_{name}", text_rows(name, fold))
         write_rows(folder, f"edit_{name}", edit_rows(name, fold))
+        write_rows(folder, f"edit_reworded_{name}", edit_rows(name, fold, reworded=True))
 
 
 def write_sources(folder):

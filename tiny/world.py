@@ -432,6 +432,7 @@ class Edit(NamedTuple):
     """An edit of a scene: what is asked for, and what the result must show, as things and as metadata."""
 
     instruction: str
+    reworded: str  # the same instruction in synonyms
     target: list
     content: dict
     kept: list  # the things of the target whose place the instruction leaves as it was
@@ -459,24 +460,22 @@ def edit_scene(kind, source, rng):
     rest = source[1:]
     shapes = [thing.shape for thing in source]
     other_shapes = [shape for shape in CLASSES if shape not in shapes]
-    name = f"the {thing.color} {thing.shape}"
+    new = None
     asked_place = None
     if kind == "recolour":
         color = rng.choice([color for color in PALETTE if color != thing.color])
-        target = [thing._replace(color=color)] + rest
+        new = thing._replace(color=color)
+        target = [new] + rest
         kept = target
-        instruction = f"make {name} {color}"
     elif kind == "add":
         new = random_thing(rng, rng.choice(other_shapes), rng.choice(list(PALETTE)))
         target = source + [new]
         kept = source
-        instruction = f"add {article(new.color)} {new.color} {new.shape}"
     elif kind == "remove":
         if not rest:
             return None
         target = rest
         kept = rest
-        instruction = f"remove {name}"
     elif kind == "move":
         asked_place = rng.choice(list(PLACE_WORDS))
         if asked_place == place(thing.x, thing.y):
@@ -484,19 +483,39 @@ def edit_scene(kind, source, rng):
         x, y = random_center(rng, thing.r, asked_place)
         target = [thing._replace(x=x, y=y)] + rest
         kept = rest
-        instruction = f"move {name} to the {asked_place}"
     else:
-        shape = rng.choice(other_shapes)
-        target = [thing._replace(shape=shape)] + rest
+        new = thing._replace(shape=rng.choice(other_shapes))
+        target = [new] + rest
         kept = target
-        instruction = f"replace {name} with {article(shape)} {shape}"
+    instruction = say_edit(kind, thing, new, asked_place, lambda options: options[0])
+    reworded = say_edit(kind, thing, new, asked_place, lambda options: options[1])
     for i, thing in enumerate(target):
         if not fits(thing, target[:i]):
             return None
     include = [{"class": thing.shape, "count": 1, "color": thing.color} for thing in target]
     if asked_place:
         include[0]["place"] = asked_place
-    return Edit(instruction, target, content_of(kind, include), kept)
+    return Edit(instruction, reworded, target, content_of(kind, include), kept)
+
+
+def say_edit(kind, old, new, place, words):
+    """'make the red circle blue'.
+
+    old, new: the thing to edit, and the one that the edit brings. place: where to move it to.
+    words: a function that picks one of three wordings.
+    """
+    name = f"the {words(COLOR_WORDS[old.color])} {words(SHAPE_WORDS[old.shape])}"
+    if kind == "remove":
+        return f"remove {name}"
+    if kind == "move":
+        return f"move {name} to the {words(PLACE_WORDS[place])}"
+    color = words(COLOR_WORDS[new.color])
+    shape = words(SHAPE_WORDS[new.shape])
+    if kind == "recolour":
+        return f"make {name} {color}"
+    if kind == "add":
+        return f"add {article(color)} {color} {shape}"
+    return f"replace {name} with {article(shape)} {shape}"
 
 
 CONTENTS = {tag: all_contents(tag) for tag in TAGS}

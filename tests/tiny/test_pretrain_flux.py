@@ -75,7 +75,10 @@ def test_a_student_that_is_its_teacher_is_right_at_guidance_1_only(
     assert (loss.item() < 1e-9) == is_zero
 
 
-def test_the_flow_loss_is_that_of_drawings_and_edits_by_their_numbers(monkeypatch, pipe, datasets):
+@pytest.mark.parametrize("edit_share, num_edits", [(0.4, 4), (0.1, 1)])
+def test_the_flow_loss_is_that_of_drawings_and_edits_by_their_numbers(
+    monkeypatch, pipe, datasets, edit_share, num_edits
+):
     """With a model that predicts zero, it is the mean square of noise - x_0 over all images of a step."""
     monkeypatch.setattr(pretrain_flux, "velocity", lambda _, x_t, *rest: torch.zeros_like(x_t))
     targets = []
@@ -86,16 +89,16 @@ def test_the_flow_loss_is_that_of_drawings_and_edits_by_their_numbers(monkeypatc
         return torch.rand(len(x_0), generator=generator), noise, x_0
 
     monkeypatch.setattr(pretrain_flux, "add_noise", add_noise)
-    loss = pretrain_flux.flow_loss(pipe, *datasets, 10, 0, 0)
-    assert [len(target) for target in targets] == [6, 4]
+    loss = pretrain_flux.flow_loss(pipe, *datasets, 10, 0, edit_share, 0)
+    assert [len(target) for target in targets] == [10 - num_edits, num_edits]
     assert loss.item() == pytest.approx(torch.cat(targets).square().mean().item(), rel=1e-5)
 
 
-def pretrain(folder, steps):
+def pretrain(folder, steps, stage="flow"):
     """Trains for so many of 3 steps; the hash of the transformer's weights if these were all."""
-    flags = ["flow", "--steps", "3", "--save-every", "1", "--threads", "1", "--dataset-size", "128"]
-    flags += ["--batch-size", "5", "--work", str(folder / "work"), "--folder", str(folder / "flux")]
-    args = parse_options("", ["flow"], ["flux"], flags)
+    flags = [stage, "--steps", "3", "--save-every", "1", "--threads", "1", "--dataset-size", "128"]
+    flags += ["--batch-size", "10", "--work", str(folder / "work"), "--folder", str(folder / "flux")]
+    args = parse_options("", list(pretrain_flux.STAGES), ["flux"], flags)
     fit = pretrain_flux.fit
 
     def cut_off(name, modules, loss_at, args, num_steps, **options):
@@ -110,9 +113,9 @@ def pretrain(folder, steps):
         patch.setattr(pretrain_flux, "fit", cut_off)
         if steps < 3:
             with pytest.raises(KeyboardInterrupt):
-                pretrain_flux.pretrain_flow(args)
+                pretrain_flux.STAGES[stage](args)
             return None
-        pretrain_flux.pretrain_flow(args)
+        pretrain_flux.STAGES[stage](args)
     weights = folder / "flux" / "transformer" / "diffusion_pytorch_model.safetensors"
     return hashlib.sha256(weights.read_bytes()).hexdigest()
 
@@ -121,6 +124,11 @@ def test_a_stage_that_was_cut_off_ends_with_the_same_weights(tmp_path):
     whole = pretrain(tmp_path / "whole", steps=3)
     pretrain(tmp_path / "parts", steps=2)
     assert pretrain(tmp_path / "parts", steps=3) == whole
+
+    longer = pretrain(tmp_path / "whole", steps=3, stage="prompts")
+    assert longer != whole
+    pretrain(tmp_path / "parts", steps=2, stage="prompts")
+    assert pretrain(tmp_path / "parts", steps=3, stage="prompts") == longer
 
     saved = FluxKontextPipeline.from_pretrained(tmp_path / "whole" / "flux")
     networks = [saved.transformer, saved.vae, saved.text_encoder, saved.text_encoder_2]

@@ -47,7 +47,7 @@ def files_below(folder):
 def test_the_shipped_files_are_what_the_script_writes(tmp_path):
     splits.write_all(tmp_path)
     written = files_below(tmp_path)
-    assert len(written) == splits.FOLDS * 13 + splits.FOLDS * splits.EDITS_PER_QUARTER
+    assert len(written) == splits.FOLDS * 16 + splits.FOLDS * splits.EDITS_PER_QUARTER
     assert written == files_below(splits.PROMPTS)
 
 
@@ -88,6 +88,7 @@ def test_two_splits_share_no_contents_texts_or_edits(fold):
         "prompts": lambda name: {row["prompt"] for row in shipped(fold, name)},
         "texts": lambda name: {row["text"] for row in shipped(fold, f"text_{name}")},
         "instructions": lambda name: {row["prompt"] for row in shipped(fold, f"edit_{name}")},
+        "reworded": lambda name: {row["prompt"] for row in shipped(fold, f"edit_reworded_{name}")},
         "results": lambda name: {world.facts(row) for row in shipped(fold, f"edit_{name}")},
         "sources": lambda name: {row["source"] for row in shipped(fold, f"edit_{name}")},
     }
@@ -125,6 +126,16 @@ def test_other_wordings_say_the_same_contents(fold, name, ending):
     other = shipped(fold, f"{name}_{ending}")
     assert [row | {"prompt": ""} for row in plain] == [row | {"prompt": ""} for row in other]
     assert all(a["prompt"] != b["prompt"] for a, b in zip(plain, other))
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("name", SPLITS)
+def test_reworded_edits_are_the_same_edits(fold, name):
+    plain = shipped(fold, f"edit_{name}")
+    other = shipped(fold, f"edit_reworded_{name}")
+    assert [row | {"prompt": ""} for row in plain] == [row | {"prompt": ""} for row in other]
+    assert all(a["prompt"] != b["prompt"] for a, b in zip(plain, other))
+    assert not [row["prompt"] for row in other if has_held_out_words(row["prompt"])]
 
 
 @pytest.mark.parametrize("fold", FOLDS)

@@ -294,7 +294,7 @@ def test_edit_answers():
     things = [world.Thing("circle", "blue", 10, 10, 8), world.Thing("square", "red", 50, 32, 8)]
     red = [things[0]._replace(color="red"), things[1]]
     asked = content("recolour", clause("circle", color="red"), clause("square", color="red"))
-    edit = world.Edit("make the blue circle red", red, asked, red)
+    edit = world.Edit("make the blue circle red", "", red, asked, red)
     assert vlm_world.edit_answers(things, edit) == (
         "make the blue circle red",
         "make the blue circle top left red",
@@ -302,5 +302,5 @@ def test_edit_answers():
     )
     added = [*things, world.Thing("cross", "white", 32, 54, 8)]
     asked = content("add", clause("circle"), clause("square"), clause("cross"))
-    edit = world.Edit("add a white cross", added, asked, things)
+    edit = world.Edit("add a white cross", "", added, asked, things)
     assert vlm_world.edit_answers(things, edit)[1] == "add a white cross bottom"

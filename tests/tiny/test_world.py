@@ -1,4 +1,5 @@
 import random
+import re
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def edits():
 
 def test_an_edit_changes_the_picture_and_reaches_its_metadata(edits):
     assert {edit.content["tag"] for _, edit in edits} == set(world.EDITS)
-    for source, (_, target, content, kept) in edits:
+    for source, (_, _, target, content, kept) in edits:
         rule.check_metadata(content)
         assert source != target
         assert set(kept) <= set(target)
@@ -117,6 +118,21 @@ def test_an_unchanged_source_does_not_pass_as_edited(edits, kind):
     assert chosen
     for source, edit in chosen:
         assert not rule.passes(as_detections(source), edit.content, exact=True)
+
+
+def test_a_reworded_instruction_says_the_same_in_synonyms(edits):
+    synonyms = {}
+    for table in (world.SHAPE_WORDS, world.COLOR_WORDS, world.PLACE_WORDS):
+        for canonical, synonym, _ in table.values():
+            synonyms[synonym] = canonical
+    longest_first = sorted(synonyms, key=len, reverse=True)
+    for _, edit in edits:
+        said = edit.reworded
+        for synonym in longest_first:
+            said = re.sub(rf"\b{synonym}\b", synonyms[synonym], said)
+        without_articles = [re.sub(r"\ban? ", "", text) for text in (said, edit.instruction)]
+        assert without_articles[0] == without_articles[1]
+        assert edit.reworded != edit.instruction
 
 
 def test_a_move_goes_where_the_instruction_says(edits):
