@@ -1059,7 +1059,7 @@ def trained_parameters(model):
 
 
 def save_models(run_dir, models, optimizer, progress):
-    """Writes checkpoint/, to resume from. models: {name: model}."""
+    """Writes checkpoint/, to resume from. models: {name: model}. All processes have to call it."""
     state = {"progress": progress, "optimizer": optimizer.state_dict()}
     for model_name, model in models.items():
         parameters = trained_parameters(model)
@@ -1081,6 +1081,8 @@ def load_models(run_dir, models, optimizer):
 
 def export_lm(run_dir, policy):
     """Writes the trained language model: lm_lora/ is for peft, lm/ for transformers and for --lm."""
+    if not report.is_first_process():
+        return
     name = "lm_lora" if hasattr(policy.lm, "peft_config") else "lm"
     with report.replace_folder(run_dir / name) as folder:
         for part in policy:
@@ -1143,7 +1145,7 @@ def train(args):
     if args.evaluate:
         load_evaluated(args.evaluate, lm)
     log = report.Log(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
-    if args.resume and rank == 0:
+    if args.resume:
         export_lm(run_dir, policy)  # a kill may have left an older export
     for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):  # 0 evaluates the base models
         metrics = {"iteration": iteration, "charts/num_images": iteration * P * K}
@@ -1259,9 +1261,9 @@ def train(args):
             clock.stop("evaluate")
         if rank == 0:
             log.write(metrics | clock.metrics(P * K), evaluations)
-            if (iteration % args.save_every == 0 or is_last) and not args.evaluate:
-                save_models(run_dir, {"lm": lm}, optimizer, {"iteration": iteration})
-                export_lm(run_dir, policy)
+        if (iteration % args.save_every == 0 or is_last) and not args.evaluate:
+            save_models(run_dir, {"lm": lm}, optimizer, {"iteration": iteration})
+            export_lm(run_dir, policy)
     if rank == 0:
         log.close()
     if world_size > 1:

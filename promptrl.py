@@ -78,8 +78,10 @@ import torch.distributed as dist
 from diffusers import DiffusionPipeline
 from einops import rearrange
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -151,8 +153,8 @@ class Args:
     """Keep the text encoders on the GPU only while they encode: frees up to 11 GB, costs up to a second per
     iteration with new prompts."""
     shard: bool = False
-    """Split the frozen weights of the transformer among the processes, where one GPU does not hold them
-    (FSDP2). Needs a LoRA, which stays whole."""
+    """Split the weights of the transformer among the processes, where one GPU does not hold them (FSDP2). A
+    LoRA stays whole."""
     compile: bool = False
     """Compile the blocks of the transformer: faster, after a minute or more. Needs a C compiler."""
     prompts: str = "tiny/prompts/fold_0/train.jsonl"
@@ -223,8 +225,8 @@ def check_args(args):
         )
     if args.num_prompts_per_iteration * args.num_images_per_prompt > 1_000_000:
         raise BadInput("--num-prompts-per-iteration times --num-images-per-prompt must be at most 1,000,000")
-    if args.shard and (args.lora_rank == 0 or world_size == 1 or args.compile):
-        raise BadInput("--shard needs --lora-rank above 0 and several processes, and goes without --compile")
+    if args.shard and (world_size == 1 or args.compile):
+        raise BadInput("--shard needs several processes, and goes without --compile")
     if args.sde_window >= args.num_inference_steps:
         raise BadInput(f"--sde-window {args.sde_window} must be below --num-inference-steps")
     if args.sde_type == "cps" and args.noise_level > 1:
@@ -365,6 +367,8 @@ def load_model(args, device, dtype):
                 module.compile()
     if args.shard:
         shard(transformer, device)
+        if reference is not None:
+            shard(reference, device)
         pipe.to(device)
     if args.offload_text_encoders:
         move_text_encoders(pipe, "cpu")
@@ -415,17 +419,23 @@ def load_lm(args, device, dtype, keep_reference):
 
 
 def shard(transformer, device):
-    """Leaves each process its share of the frozen weights (FSDP2). What is trained stays whole.
+    """Leaves each process its share of the weights and moves it to the device (FSDP2). A LoRA stays whole.
 
     A block is put together before it computes and taken apart afterwards. So is the transformer around the
-    blocks: the first process saves alone, and must find it in the state in which the others have it. All
-    processes have to run the same number of forward passes.
+    blocks: the first process saves a LoRA alone, and must find it in the state in which the others have it.
+    All processes have to run the same number of forward passes. A backward pass leaves each process its share
+    of the gradients, which are summed over the processes.
     """
-    trained = {parameter for parameter in transformer.parameters() if parameter.requires_grad}
+    lora = {parameter for name, parameter in transformer.named_parameters() if ".lora_" in name}
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = [module for module in transformer.modules() if is_block(transformer, module)]
     for module in [*blocks, transformer]:
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+        name = type(module).__name__
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=lora)
+        type(module).__name__ = name  # FSDP has made it a subclass, whose name would be saved with the model
+        module.set_gradient_divide_factor(1.0)  # losses are divided by global counts: their gradients add up
+        module.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo has too
+    transformer.to(device)  # what is not shared out: the LoRA and the buffers
 
 
 def is_block(transformer, module):
@@ -1135,6 +1145,15 @@ def gather_numbers(values):
     return report.gather(torch.tensor(values, dtype=torch.float32))
 
 
+def clip_gradients(parameters, max_norm):
+    """Scales all gradients by the same factor so that their common norm is at most max_norm.
+
+    Returns the norm before, a scalar tensor.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 # === checkpoint ===
 
 
@@ -1144,7 +1163,7 @@ def trained_parameters(model):
 
 
 def save_models(run_dir, models, optimizer, progress):
-    """Writes checkpoint/, to resume from. models: {name: model}; of a frozen model nothing is saved."""
+    """Writes checkpoint/, to resume from. models: {name: model}. All processes have to call it."""
     state = {"progress": progress, "optimizer": optimizer.state_dict()}
     for model_name, model in models.items():
         parameters = trained_parameters(model)
@@ -1166,9 +1185,14 @@ def load_models(run_dir, models, optimizer):
 
 def export_transformer(run_dir, pipe):
     """Writes the trained weights for plain diffusers: lora/ is for load_lora_weights, transformer/ for
-    from_pretrained."""
+    from_pretrained. All processes have to call it."""
     transformer = pipe.transformer
-    if hasattr(transformer, "peft_config"):
+    is_lora = hasattr(transformer, "peft_config")
+    if not is_lora:
+        weights = report.put_together(transformer.state_dict())
+    if not report.is_first_process():
+        return
+    if is_lora:
         with report.replace_folder(run_dir / "lora") as folder:
             # Without this metadata diffusers loads the LoRA with alpha = rank: other images, and no error.
             config = transformer.peft_config["default"].to_dict()
@@ -1179,11 +1203,14 @@ def export_transformer(run_dir, pipe):
             )
     else:
         with report.replace_folder(run_dir / "transformer") as folder:
-            transformer.save_pretrained(folder)
+            transformer.save_config(folder)
+            save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
 def export_lm(run_dir, policy):
     """Writes the trained language model: lm_lora/ is for peft, lm/ for transformers and for --lm."""
+    if not report.is_first_process():
+        return
     name = "lm_lora" if hasattr(policy.lm, "peft_config") else "lm"
     with report.replace_folder(run_dir / name) as folder:
         for part in policy:
@@ -1192,7 +1219,7 @@ def export_lm(run_dir, policy):
 
 
 def export_models(run_dir, pipe, policy, trained):
-    """Writes the weights of what is trained."""
+    """Writes the weights of what is trained. All processes have to call it."""
     if trained != "lm":
         export_transformer(run_dir, pipe)
     if trained != "flow" and policy:
@@ -1314,7 +1341,7 @@ def train(args):
     if args.resume:
         progress = load_models(run_dir, models, optimizer)
     log = report.Log(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
-    if args.resume and rank == 0:
+    if args.resume:
         export_models(run_dir, pipe, policy, args.trained)  # a kill may have left an older export
     for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):  # 0 evaluates the base models
         metrics = {"iteration": iteration, "charts/num_images": iteration * P * K}
@@ -1422,11 +1449,13 @@ def train(args):
                         totals[name] += value / num_terms
 
             # 7. One optimiser step for both. Losses are divided by global counts, so processes add up.
-            gradients = [parameter.grad for parameter in flow_parameters + lm_parameters]
+            # Gradients that --shard has shared out (DTensor) are sums already.
+            parameters = flow_parameters + lm_parameters
+            gradients = [parameter.grad for parameter in parameters if not isinstance(parameter, DTensor)]
             sum_over_processes(list(totals.values()) + gradients)
             totals["ratio_first"] = totals.pop("ratio_mean")  # the only update of an iteration is the first
-            totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(flow_parameters, args.max_grad_norm)
-            totals["lm_grad_norm"] = torch.nn.utils.clip_grad_norm_(lm_parameters, args.max_grad_norm)
+            totals["grad_norm"] = clip_gradients(flow_parameters, args.max_grad_norm)
+            totals["lm_grad_norm"] = clip_gradients(lm_parameters, args.max_grad_norm)
             report.check_finite(totals)
             anneal = 1 - (iteration - 1) / args.num_iterations
             flow_group, lm_group = optimizer.param_groups
@@ -1458,9 +1487,9 @@ def train(args):
             clock.stop("evaluate")
         if rank == 0:
             log.write(metrics | clock.metrics(P * K), evaluations)
-            if iteration % args.save_every == 0 or is_last:
-                save_models(run_dir, models, optimizer, {"iteration": iteration})
-                export_models(run_dir, pipe, policy, args.trained)
+        if iteration % args.save_every == 0 or is_last:
+            save_models(run_dir, models, optimizer, {"iteration": iteration})
+            export_models(run_dir, pipe, policy, args.trained)
     if rank == 0:
         log.close()
     if world_size > 1:

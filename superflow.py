@@ -76,8 +76,10 @@ import torch.distributed as dist
 from diffusers import DiffusionPipeline
 from einops import rearrange
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import rewards
@@ -135,8 +137,8 @@ class Args:
     """Keep the text encoders on the GPU only while they encode: frees up to 11 GB, costs up to a second per
     iteration with new prompts."""
     shard: bool = False
-    """Split the frozen weights of the transformer among the processes, where one GPU does not hold them
-    (FSDP2). Needs a LoRA, which stays whole."""
+    """Split the weights of the transformer among the processes, where one GPU does not hold them (FSDP2). A
+    LoRA stays whole."""
     compile: bool = False
     """Compile the blocks of the transformer: faster, after a minute or more. Needs a C compiler."""
     prompts: str = "tiny/prompts/fold_0/train.jsonl"
@@ -216,8 +218,8 @@ def check_args(args):
         )
     if args.num_prompts_per_iteration * args.num_images_per_prompt > 1_000_000:
         raise BadInput("--num-prompts-per-iteration times --num-images-per-prompt must be at most 1,000,000")
-    if args.shard and (args.lora_rank == 0 or world_size == 1 or args.compile):
-        raise BadInput("--shard needs --lora-rank above 0 and several processes, and goes without --compile")
+    if args.shard and (world_size == 1 or args.compile):
+        raise BadInput("--shard needs several processes, and goes without --compile")
     smallest_group = args.num_images_per_prompt - args.num_bins + 1
     if args.shard and math.ceil(args.num_images_per_prompt / args.micro_batch_size) > smallest_group:
         raise BadInput("--shard needs as many micro-batches in all processes: raise --micro-batch-size")
@@ -336,6 +338,8 @@ def load_model(args, device, dtype):
                 module.compile()
     if args.shard:
         shard(transformer, device)
+        if reference is not None:
+            shard(reference, device)
         pipe.to(device)
     if args.offload_text_encoders:
         move_text_encoders(pipe, "cpu")
@@ -343,17 +347,23 @@ def load_model(args, device, dtype):
 
 
 def shard(transformer, device):
-    """Leaves each process its share of the frozen weights (FSDP2). What is trained stays whole.
+    """Leaves each process its share of the weights and moves it to the device (FSDP2). A LoRA stays whole.
 
     A block is put together before it computes and taken apart afterwards. So is the transformer around the
-    blocks: the first process saves alone, and must find it in the state in which the others have it. All
-    processes have to run the same number of forward passes.
+    blocks: the first process saves a LoRA alone, and must find it in the state in which the others have it.
+    All processes have to run the same number of forward passes. A backward pass leaves each process its share
+    of the gradients, which are summed over the processes.
     """
-    trained = {parameter for parameter in transformer.parameters() if parameter.requires_grad}
+    lora = {parameter for name, parameter in transformer.named_parameters() if ".lora_" in name}
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = [module for module in transformer.modules() if is_block(transformer, module)]
     for module in [*blocks, transformer]:
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+        name = type(module).__name__
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=lora)
+        type(module).__name__ = name  # FSDP has made it a subclass, whose name would be saved with the model
+        module.set_gradient_divide_factor(1.0)  # losses are divided by global counts: their gradients add up
+        module.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo has too
+    transformer.to(device)  # what is not shared out: the LoRA and the buffers
 
 
 def is_block(transformer, module):
@@ -861,6 +871,15 @@ def sum_over_processes(tensors):
             tensor.copy_(total.view_as(tensor))
 
 
+def clip_gradients(parameters, max_norm):
+    """Scales all gradients by the same factor so that their common norm is at most max_norm.
+
+    Returns the norm before, a scalar tensor.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 # === checkpoint ===
 
 
@@ -870,7 +889,7 @@ def trained_parameters(model):
 
 
 def save_checkpoint(run_dir, pipe, optimizer, progress):
-    """Writes checkpoint/, to resume from, and exports the trained weights."""
+    """Writes checkpoint/, to resume from, and exports the trained weights. All processes have to call it."""
     weights = {name: parameter.detach() for name, parameter in trained_parameters(pipe.transformer).items()}
     state = {"progress": progress, "weights": weights, "optimizer": optimizer.state_dict()}
     report.write_checkpoint(run_dir, state)
@@ -879,9 +898,14 @@ def save_checkpoint(run_dir, pipe, optimizer, progress):
 
 def export_transformer(run_dir, pipe):
     """Writes the trained weights for plain diffusers: lora/ is for load_lora_weights, transformer/ for
-    from_pretrained."""
+    from_pretrained. All processes have to call it."""
     transformer = pipe.transformer
-    if hasattr(transformer, "peft_config"):
+    is_lora = hasattr(transformer, "peft_config")
+    if not is_lora:
+        weights = report.put_together(transformer.state_dict())
+    if not report.is_first_process():
+        return
+    if is_lora:
         with report.replace_folder(run_dir / "lora") as folder:
             # Without this metadata diffusers loads the LoRA with alpha = rank: other images, and no error.
             config = transformer.peft_config["default"].to_dict()
@@ -892,7 +916,8 @@ def export_transformer(run_dir, pipe):
             )
     else:
         with report.replace_folder(run_dir / "transformer") as folder:
-            transformer.save_pretrained(folder)
+            transformer.save_config(folder)
+            save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
 def load_checkpoint(run_dir, transformer, optimizer):
@@ -980,7 +1005,7 @@ def train(args):
     if args.resume:
         progress = load_checkpoint(run_dir, transformer, optimizer)
     log = report.Log(run_dir, __file__, args, progress["iteration"]) if rank == 0 else None
-    if args.resume and rank == 0:
+    if args.resume:
         export_transformer(run_dir, pipe)  # a kill may have left an older export
     for iteration in range(progress["iteration"] + 1, args.num_iterations + 1):  # 0 evaluates the base model
         metrics = {"iteration": iteration}
@@ -1102,10 +1127,11 @@ def train(args):
                         add_to(totals, diagnostics(policy_loss, kl, log_ratio, A, args.clip_range))
 
                 # 7. An optimiser step. Losses are divided by global counts, so processes add up.
-                gradients = [parameter.grad for parameter in parameters]
+                # Gradients that --shard has shared out (DTensor) are sums already.
+                gradients = [parameter.grad for parameter in parameters if not isinstance(parameter, DTensor)]
                 sum_over_processes(list(totals.values()) + gradients)
                 update_log = {name: total / num_terms for name, total in totals.items()}
-                update_log["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                update_log["grad_norm"] = clip_gradients(parameters, args.max_grad_norm)
                 report.check_finite(update_log)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -1131,8 +1157,8 @@ def train(args):
         metrics["charts/num_images"] = num_images_so_far
         if rank == 0:
             log.write(metrics | clock.metrics(num_images), evaluations)
-            if iteration % args.save_every == 0 or is_last:
-                save_checkpoint(run_dir, pipe, optimizer, progress)
+        if iteration % args.save_every == 0 or is_last:
+            save_checkpoint(run_dir, pipe, optimizer, progress)
     if rank == 0:
         log.close()
     if world_size > 1:

@@ -12,6 +12,7 @@ None of these learns anything:
 
 The texts of the fold are measured apart, by the OCR reward. A model that edits is measured on the fold's
 edits as well, by the reward `edit`. Their *scripted* instructions say where the object is that they name.
+*Reworded* are the same edits in synonyms.
 
 Every setting is measured with several initial noises. The base is measured with twenty, to show how much one
 noise matters. benchmark/results/baselines/<model>/fold-<fold>-<split>.json holds the score of every image:
@@ -168,11 +169,8 @@ def measure_settings(model, file, reward_name, scripted, base_guidance, num_nois
     reward_name: "geneval" or "edit". scripted: the scripted prompts of the rows.
     """
     scorer = Scorer(model, file, reward_name)
-    settings = {}
-    many = [scorer.scores(file.prompts, base_guidance, number) for number in range(NUM_BASE_NOISES)]
-    rewards_of_images = torch.stack([scores[reward_name] for scores in many])
-    strict = torch.stack([scores[f"{reward_name}_strict"] for scores in many])
-    settings["base"] = strict
+    strict, best = measure_base(scorer, file.prompts, reward_name, base_guidance)
+    settings = {"base": strict}
     show("base", strict)
 
     def add(name, prompts, guidance_scale):
@@ -185,10 +183,16 @@ def measure_settings(model, file, reward_name, scripted, base_guidance, num_nois
     add("scripted", scripted, base_guidance)
     if base_guidance != 2:
         add("scripted, guidance 2", scripted, 2.0)
-    for count in BEST_OF:
-        settings[f"best of {count}"] = best_of(rewards_of_images, strict, count)
-        show(f"best of {count}", settings[f"best of {count}"])
-    return settings
+    return settings | best
+
+
+def measure_base(scorer, prompts, reward_name, guidance_scale):
+    """Strict scores of prompts with many noises, (noises, rows), and those of the best of some, by name."""
+    many = [scorer.scores(prompts, guidance_scale, number) for number in range(NUM_BASE_NOISES)]
+    rewards_of_images = torch.stack([scores[reward_name] for scores in many])
+    strict = torch.stack([scores[f"{reward_name}_strict"] for scores in many])
+    best = {f"best of {count}": best_of(rewards_of_images, strict, count) for count in BEST_OF}
+    return strict, best
 
 
 def measure_drawing(model, folder, split, base_guidance, num_noises):
@@ -210,6 +214,14 @@ def measure_editing(model, folder, split, base_guidance, num_noises):
     file = resolve_sources(path, load_prompts(path))
     scripted = scripted_instructions(file)
     settings = measure_settings(model, file, "edit", scripted, base_guidance, num_noises)
+    path = folder / f"edit_reworded_{split}.jsonl"
+    other = resolve_sources(path, load_prompts(path))
+    scorer = Scorer(model, other, "edit")
+    strict, best = measure_base(scorer, other.prompts, "edit", base_guidance)
+    settings["reworded"] = strict
+    for name, own in best.items():
+        settings[f"reworded, {name}"] = own
+    show("reworded", strict)
     return settings, [row["tag"] for row in file.metadata]
 
 

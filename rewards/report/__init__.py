@@ -1,10 +1,12 @@
 """What a run leaves behind: its folder, metrics, pictures, evaluations and checkpoints. Knows no algorithm.
 
-Only the first process of a run makes a Log and writes checkpoints; evaluating is shared among all processes.
+Only the first process of a run makes a Log and writes files; evaluating is shared among all processes.
 Every logged name is explained in docs/.
 """
 
 from rewards.report.checkpoint import (
+    is_first_process,
+    put_together,
     read_checkpoint,
     restore_optimizer,
     restore_parameters,
@@ -34,9 +36,11 @@ __all__ = [
     "files_to_evaluate",
     "gather",
     "gather_scores",
+    "is_first_process",
     "mean",
     "open_run",
     "print_folder",
+    "put_together",
     "read_args",
     "read_checkpoint",
     "replace_folder",

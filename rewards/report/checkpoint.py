@@ -2,11 +2,16 @@
 
 A checkpoint is one file: no part of it can be older than the rest. torch.save writes a ZIP archive with a
 checksum (CRC-32) of each of its parts, which torch.load does not look at: it is verified here.
+
+With --shard (FSDP2) a process holds its share of a tensor, a DTensor. A checkpoint has all tensors whole, so
+that any number of processes can resume from it.
 """
 
 import zipfile
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rewards import BadInput
 from rewards.report.files import make_folder, write_aside
@@ -21,11 +26,41 @@ class State(dict):
         raise BadInput(f"cannot resume: the checkpoint has no {name!r}")
 
 
+def is_first_process():
+    """Whether this process is the one that writes files."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def put_together(state):
+    """A nested dict, with the processes' shares put together to whole tensors on the CPU.
+
+    Only the first process gets them, the others get None. All processes have to call it.
+    """
+    if isinstance(state, dict):
+        return {name: put_together(value) for name, value in state.items()}
+    if not isinstance(state, DTensor):
+        return state
+    whole = state.full_tensor()
+    return whole.cpu() if is_first_process() else None
+
+
+def share_out(tensor, parameter):
+    """What a process holds of a tensor if it is shared out as a parameter is. All have the tensor whole."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    tensor = tensor.to(parameter.device)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
 def write_checkpoint(run_dir, state):
     """Saves a dict of tensors, numbers and containers of them, in place of the last checkpoint.
 
-    state["progress"] is a dict whose "iteration" is the last one that has been trained.
+    state["progress"] is a dict whose "iteration" is the last one that has been trained. The first process
+    writes, and all have to call it.
     """
+    state = put_together(state)
+    if not is_first_process():
+        return
     path = run_dir / "checkpoint" / "state.pt"
     make_folder(path.parent)
     with write_aside(path) as temporary:
@@ -96,7 +131,7 @@ def restore_parameters(parameters, saved):
             )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(share_out(saved[name], parameter))
 
 
 def describe(tensor):
@@ -112,7 +147,21 @@ def restore_optimizer(optimizer, saved):
         check_optimizer(optimizer, saved)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"cannot resume: the optimiser's state does not fit ({error})") from None
-    optimizer.load_state_dict(saved)
+    parameters = all_parameters(optimizer)
+    states = {}
+    for number, state in saved["state"].items():
+        states[number] = dict(state)
+        for name in ("exp_avg", "exp_avg_sq"):
+            states[number][name] = share_out(state[name], parameters[number])
+    optimizer.load_state_dict(saved | {"state": states})
+
+
+def all_parameters(optimizer):
+    """The parameters of all groups of an optimiser, a list."""
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    return parameters
 
 
 def check_optimizer(optimizer, saved):
@@ -126,9 +175,7 @@ def check_optimizer(optimizer, saved):
         for name, value in group.items():
             if name != "lr" and type(value) is not type(own[name]):
                 raise ValueError(f"{name} is {value!r}")
-    parameters = []
-    for group in optimizer.param_groups:
-        parameters += group["params"]
+    parameters = all_parameters(optimizer)
     if saved["state"] == {}:
         return
     if set(saved["state"]) != set(range(len(parameters))):

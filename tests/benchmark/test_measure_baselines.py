@@ -84,7 +84,7 @@ def test_the_record_of_a_model(name, flux, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts"
     (prompts / "fold_0").mkdir(parents=True)
     (prompts / "sources").symlink_to(splits.PROMPTS / "sources")
-    for ending in ("dev", "dev_paraphrased", "dev_hard", "text_dev", "edit_dev"):
+    for ending in ("dev", "dev_paraphrased", "dev_hard", "text_dev", "edit_dev", "edit_reworded_dev"):
         rows = (splits.PROMPTS / "fold_0" / f"{ending}.jsonl").read_text().splitlines()
         (prompts / "fold_0" / f"{ending}.jsonl").write_text("\n".join(rows[:2]) + "\n")
     monkeypatch.setattr(splits, "PROMPTS", prompts)
@@ -101,7 +101,7 @@ def test_the_record_of_a_model(name, flux, tmp_path, monkeypatch):
     assert list(record["settings"]) == [*drawing, "paraphrased", "hard"]
     assert list(record["ocr"]) == ["1", *scales]
     if name == "flux":
-        assert list(record["edits"]) == drawing
+        assert list(record["edits"]) == [*drawing, "reworded", "reworded, best of 2"]
     else:
         assert "edits" not in record
     for settings in (record["settings"], record.get("edits", {})):
