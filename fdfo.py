@@ -313,29 +313,29 @@ def load_model(args, device, dtype):
     return pipe, transformer.train(), reference  # train() is for checkpointing alone: there is no dropout
 
 
-def shard(transformer, device):
+def shard(model, device):
     """Leaves each process its share of the weights and moves it to the device (FSDP2). A LoRA stays whole.
 
-    A block is put together before it computes and taken apart afterwards. So is the transformer around the
-    blocks: the first process saves a LoRA alone, and must find it in the state in which the others have it.
-    All processes have to run the same number of forward passes. A backward pass leaves each process its share
-    of the gradients, which are summed over the processes.
+    A block is put together before it computes and taken apart afterwards. So is the model around the blocks:
+    the first process saves a LoRA alone, and must find it in the state in which the others have it. All
+    processes have to run the same number of forward passes. A backward pass leaves each process its share of
+    the gradients, which are summed over the processes.
     """
-    lora = {parameter for name, parameter in transformer.named_parameters() if ".lora_" in name}
+    lora = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    blocks = [module for module in transformer.modules() if is_block(transformer, module)]
-    for module in [*blocks, transformer]:
+    blocks = [module for module in model.modules() if is_block(model, module)]
+    for module in [*blocks, model]:
         name = type(module).__name__
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=lora)
         type(module).__name__ = name  # FSDP has made it a subclass, whose name would be saved with the model
         module.set_gradient_divide_factor(1.0)  # losses are divided by global counts: their gradients add up
         module.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo has too
-    transformer.to(device)  # what is not shared out: the LoRA and the buffers
+    model.to(device)  # what is not shared out: the LoRA and the buffers
 
 
-def is_block(transformer, module):
-    """Whether a module is one of the blocks of which the transformer consists."""
-    return type(module).__name__ in transformer._no_split_modules
+def is_block(model, module):
+    """Whether a module is one of the blocks of which the model consists."""
+    return type(module).__name__ in model._no_split_modules
 
 
 @contextlib.contextmanager

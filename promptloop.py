@@ -379,13 +379,14 @@ def load_flow_lora(pipe, name):
 def load_lm(args, device, dtype, keep_reference):
     """(lm, tokenizer, reference). Trainable parameters (LoRA or all) are float32 and require grad.
 
-    reference is the language model before training, for the KL: a frozen copy, or None where the LoRA can be
-    switched off instead, or where no reference is kept. The vision tower is never trained.
+    The models are on the CPU. reference is the language model before training, for the KL: a frozen copy, or
+    None where the LoRA can be switched off instead, or where no reference is kept. The vision tower is never
+    trained.
     """
     tokenizer = from_hub(AutoTokenizer.from_pretrained, args.lm, padding_side="left")
     if tokenizer.chat_template is None:
         raise BadInput(f"--lm {args.lm} has no chat template beside its tokenizer")
-    lm = from_hub(Qwen2_5_VLForConditionalGeneration.from_pretrained, args.lm, dtype=dtype).to(device)
+    lm = from_hub(Qwen2_5_VLForConditionalGeneration.from_pretrained, args.lm, dtype=dtype)
     lm.requires_grad_(False).eval()
     # Ignore the checkpoint's sampling defaults, so that we sample from the distribution that we train.
     # Special tokens other than the end of the turn are suppressed: an image token without an image would
@@ -1080,14 +1081,21 @@ def load_models(run_dir, models, optimizer):
 
 
 def export_lm(run_dir, policy):
-    """Writes the trained language model: lm_lora/ is for peft, lm/ for transformers and for --lm."""
+    """Writes the trained language model: lm_lora/ is for peft, lm/ for transformers and for --lm.
+
+    All processes have to call it.
+    """
+    is_lora = hasattr(policy.lm, "peft_config")
+    weights = None  # the model's own
+    if not is_lora:
+        weights = report.put_together(policy.lm.state_dict())
     if not report.is_first_process():
         return
-    name = "lm_lora" if hasattr(policy.lm, "peft_config") else "lm"
-    with report.replace_folder(run_dir / name) as folder:
-        for part in policy:
-            if part is not None:
-                part.save_pretrained(folder)
+    with report.replace_folder(run_dir / ("lm_lora" if is_lora else "lm")) as folder:
+        policy.lm.save_pretrained(folder, state_dict=weights)
+        policy.tokenizer.save_pretrained(folder)
+        if policy.processor is not None:
+            policy.processor.save_pretrained(folder)
 
 
 def load_evaluated(folder, lm):
@@ -1122,6 +1130,9 @@ def train(args):
     has_kl = args.lm_kl_coef > 0 and args.lm_kl == "base"
     with report.announce(f"loading {args.lm}"):
         lm, tokenizer, reference = load_lm(args, device, dtype, has_kl and not args.evaluate)
+        lm.to(device)
+        if reference is not None:
+            reference.to(device)
         processor = from_hub(Qwen2VLImageProcessorPil.from_pretrained, args.lm)
     policy = Policy(lm, tokenizer, processor)
     with report.announce(f"loading {args.model}"):

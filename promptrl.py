@@ -153,8 +153,8 @@ class Args:
     """Keep the text encoders on the GPU only while they encode: frees up to 11 GB, costs up to a second per
     iteration with new prompts."""
     shard: bool = False
-    """Split the weights of the transformer among the processes, where one GPU does not hold them (FSDP2). A
-    LoRA stays whole."""
+    """Split the weights of both models among the processes, where one GPU does not hold them (FSDP2). A LoRA
+    stays whole."""
     compile: bool = False
     """Compile the blocks of the transformer: faster, after a minute or more. Needs a C compiler."""
     prompts: str = "tiny/prompts/fold_0/train.jsonl"
@@ -378,13 +378,14 @@ def load_model(args, device, dtype):
 def load_lm(args, device, dtype, keep_reference):
     """(lm, tokenizer, reference). Trainable parameters (LoRA or all) are float32 and require grad.
 
-    reference is the language model before training, for the KL: a frozen copy, or None where the LoRA can be
-    switched off instead, or where no reference is kept. The vision tower is never trained.
+    The models are on the CPU. reference is the language model before training, for the KL: a frozen copy, or
+    None where the LoRA can be switched off instead, or where no reference is kept. The vision tower is never
+    trained.
     """
     tokenizer = from_hub(AutoTokenizer.from_pretrained, args.lm, padding_side="left")
     if tokenizer.chat_template is None:
         raise BadInput(f"--lm {args.lm} has no chat template beside its tokenizer")
-    lm = from_hub(Qwen2_5_VLForConditionalGeneration.from_pretrained, args.lm, dtype=dtype).to(device)
+    lm = from_hub(Qwen2_5_VLForConditionalGeneration.from_pretrained, args.lm, dtype=dtype)
     lm.requires_grad_(False).eval()
     # Ignore the checkpoint's sampling defaults, so that we sample from the distribution that we train.
     # Special tokens other than the end of the turn are suppressed: an image token without an image would
@@ -418,29 +419,29 @@ def load_lm(args, device, dtype, keep_reference):
     return lm, tokenizer, reference
 
 
-def shard(transformer, device):
+def shard(model, device):
     """Leaves each process its share of the weights and moves it to the device (FSDP2). A LoRA stays whole.
 
-    A block is put together before it computes and taken apart afterwards. So is the transformer around the
-    blocks: the first process saves a LoRA alone, and must find it in the state in which the others have it.
-    All processes have to run the same number of forward passes. A backward pass leaves each process its share
-    of the gradients, which are summed over the processes.
+    A block is put together before it computes and taken apart afterwards. So is the model around the blocks:
+    the first process saves a LoRA alone, and must find it in the state in which the others have it. All
+    processes have to run the same number of forward passes. A backward pass leaves each process its share of
+    the gradients, which are summed over the processes.
     """
-    lora = {parameter for name, parameter in transformer.named_parameters() if ".lora_" in name}
+    lora = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    blocks = [module for module in transformer.modules() if is_block(transformer, module)]
-    for module in [*blocks, transformer]:
+    blocks = [module for module in model.modules() if is_block(model, module)]
+    for module in [*blocks, model]:
         name = type(module).__name__
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=lora)
         type(module).__name__ = name  # FSDP has made it a subclass, whose name would be saved with the model
         module.set_gradient_divide_factor(1.0)  # losses are divided by global counts: their gradients add up
         module.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo has too
-    transformer.to(device)  # what is not shared out: the LoRA and the buffers
+    model.to(device)  # what is not shared out: the LoRA and the buffers
 
 
-def is_block(transformer, module):
-    """Whether a module is one of the blocks of which the transformer consists."""
-    return type(module).__name__ in transformer._no_split_modules
+def is_block(model, module):
+    """Whether a module is one of the blocks of which the model consists."""
+    return type(module).__name__ in model._no_split_modules
 
 
 @contextlib.contextmanager
@@ -1208,14 +1209,21 @@ def export_transformer(run_dir, pipe):
 
 
 def export_lm(run_dir, policy):
-    """Writes the trained language model: lm_lora/ is for peft, lm/ for transformers and for --lm."""
+    """Writes the trained language model: lm_lora/ is for peft, lm/ for transformers and for --lm.
+
+    All processes have to call it.
+    """
+    is_lora = hasattr(policy.lm, "peft_config")
+    weights = None  # the model's own
+    if not is_lora:
+        weights = report.put_together(policy.lm.state_dict())
     if not report.is_first_process():
         return
-    name = "lm_lora" if hasattr(policy.lm, "peft_config") else "lm"
-    with report.replace_folder(run_dir / name) as folder:
-        for part in policy:
-            if part is not None:
-                part.save_pretrained(folder)
+    with report.replace_folder(run_dir / ("lm_lora" if is_lora else "lm")) as folder:
+        policy.lm.save_pretrained(folder, state_dict=weights)
+        policy.tokenizer.save_pretrained(folder)
+        if policy.processor is not None:
+            policy.processor.save_pretrained(folder)
 
 
 def export_models(run_dir, pipe, policy, trained):
@@ -1260,6 +1268,12 @@ def train(args):
             processor = None
             if has_sources:
                 processor = from_hub(Qwen2VLImageProcessorPil.from_pretrained, args.lm)
+            for model in (lm, lm_reference):
+                if model is not None and args.shard:
+                    shard(model, device)
+                    model._is_fsdp_managed_module = True  # `generate` then waits for the slowest process
+                elif model is not None:
+                    model.to(device)
         policy = Policy(lm, tokenizer, processor)
     with report.announce(f"loading {args.model}"):
         pipe, transformer, reference = load_model(args, device, dtype)

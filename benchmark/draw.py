@@ -64,6 +64,7 @@ def load_policy(module, run, flags, device, dtype):
         return None
     args = module.Args(lm=str(run / "lm") if (run / "lm").is_dir() else flags["lm"])
     lm, tokenizer, _ = module.load_lm(args, device, dtype, False)
+    lm.to(device)
     if (run / "lm_lora").is_dir():
         lm.load_adapter(str(run / "lm_lora"))
     processor = promptloop.Qwen2VLImageProcessorPil.from_pretrained(flags["lm"])

@@ -20,7 +20,7 @@ ON_TEST_TEXTS = (
 ON_TEST_EDITS = (
     "--model tiny/flux --rewards edit --guidance-scale 3 --num-iterations 60 --learning-rate 3e-4 "
     "--lm-learning-rate 5e-4 --eval-noises 2 --eval-seed {seed} "
-    f"--prompts {FOLD}/edit_train.jsonl --eval-prompts {FOLD}/edit_test.jsonl"
+    f"--prompts {FOLD}/edit_reworded_train.jsonl --eval-prompts {FOLD}/edit_reworded_test.jsonl"
 )
 FLUX = "--model tiny/flux --guidance-scale 3"
 EVAL_EVERY = {  # iterations: a default run is evaluated before, once or twice on the way, and after

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmark import arm_tables
 from benchmark.choose_learning_rates import TRIAL_FLAGS
 from benchmark.inference import claim_row
 from benchmark.markdown import table
@@ -23,6 +24,7 @@ DOCUMENTS = (
     "README.md",
     "docs/results.md",
     "docs/log.md",
+    "docs/promptrl.md",
     "tiny/README.md",
     "tiny/sd3b/README.md",
     "tiny/flux/README.md",
@@ -321,6 +323,8 @@ def write_tables():
         "edit trials": trials_table("_edit"),
         "wordings": wordings_table(),
         "busy cores": busy_cores_table(),
+        "promptrl arms": arm_tables.arms_table("promptrl"),
+        "promptrl claims": arm_tables.claims_table("promptrl"),
     }
     texts = "".join((ROOT / name).read_text() for name in DOCUMENTS)
     for table_name in tables:

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import AutoModel
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 import fdfo
 import flow_grpo
@@ -20,7 +22,7 @@ FLAGS = {  # what a run of a file needs beside --lora-rank
     "flow_grpo": {"kl_coef": 0.1, "gradient_checkpointing": True},
     "superflow": {"start_images": 1, "model": "tiny/flux"},
     "fdfo": {},
-    "promptrl": {"sde_window": 2},
+    "promptrl": {"sde_window": 2, "lm_lora_rank": 2, "lm_kl_coef": 0.1},
 }
 MODULES = {"flow_grpo": flow_grpo, "superflow": superflow, "fdfo": fdfo, "promptrl": promptrl}
 
@@ -59,6 +61,8 @@ def test_so_does_one_that_trains_all_weights(small, start_processes, tmp_path, n
     runs = []
     for shard in (False, True):
         changes = {"model": model, "lora_rank": 0, "kl_coef": 0.1, "output_dir": str(tmp_path / str(shard))}
+        if name == "promptrl":
+            changes["lm_lora_rank"] = 0
         runs.append(start_processes(MODULES[name], learning_flags(small, name, shard=shard, **changes))())
     for plain, sharded in zip(metrics(runs[0]), metrics(runs[1]), strict=True):
         assert sharded == pytest.approx(plain, abs=1e-6)
@@ -68,6 +72,10 @@ def test_so_does_one_that_trains_all_weights(small, start_processes, tmp_path, n
     plain, sharded = [AutoModel.from_pretrained(str(run / "transformer")) for run in runs]
     for key, weights in plain.state_dict().items():
         assert torch.allclose(sharded.state_dict()[key], weights, atol=1e-6), key
+    if name == "promptrl":
+        plain, sharded = [Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "lm") for run in runs]
+        for key, weights in plain.state_dict().items():
+            assert torch.allclose(sharded.state_dict()[key], weights, atol=1e-6), key
 
 
 def test_superflow_is_refused_where_a_process_would_have_fewer_passes(monkeypatch):
@@ -80,30 +88,43 @@ def test_superflow_is_refused_where_a_process_would_have_fewer_passes(monkeypatc
 
 
 def check_shares():
-    """In each process: all weights are shared out, and the LoRA is whole."""
-    original = flow_grpo.load_model
+    """In each process: all weights of each model are shared out, block by block, and a LoRA is whole."""
+    for module in (flow_grpo, promptrl):
+        monitor_shard(module)
 
-    def load_model(*arguments):
-        pipe, transformer, reference = original(*arguments)
-        own = 0
-        for name, parameter in transformer.named_parameters():
+
+def monitor_shard(module):
+    """Checks what the function `shard` of an algorithm file leaves behind."""
+    original = module.shard
+
+    def shard(model, device):
+        original(model, device)
+        sharded = [own for own in model.modules() if isinstance(own, FSDPModule)]
+        assert len(sharded) == 1 + sum(module.is_block(model, own) for own in model.modules()) > 3
+        own = total = 0
+        for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor) != (".lora_" in name), name
             if isinstance(parameter, DTensor):
                 own += parameter.to_local().numel()
-        total = sum(
-            parameter.numel() for name, parameter in transformer.named_parameters() if ".lora_" not in name
-        )
+                total += parameter.numel()
         assert own <= 1.02 * total / dist.get_world_size(), (own, total)
-        return pipe, transformer, reference
 
-    flow_grpo.load_model = load_model
+    module.shard = shard
 
 
-@pytest.mark.parametrize("lora_rank", [0, 2])
-@pytest.mark.parametrize("count", [2, 4])
-def test_each_process_holds_its_share(small, start_processes, count, lora_rank):
-    flags = learning_flags(small, "flow_grpo", shard=True, lora_rank=lora_rank)
-    start_processes(flow_grpo, flags, count=count, prepare=check_shares)()
+@pytest.mark.parametrize(
+    "name, count, changes",
+    [
+        ("flow_grpo", 2, {"lora_rank": 2}),
+        ("flow_grpo", 4, {"lora_rank": 2}),
+        ("flow_grpo", 2, {"lora_rank": 0}),
+        ("flow_grpo", 4, {"lora_rank": 0}),
+        ("promptrl", 2, {"lm_lora_rank": 0, "dtype": "bfloat16"}),
+    ],
+)
+def test_each_process_holds_its_share(small, start_processes, name, count, changes):
+    flags = learning_flags(small, name, shard=True, **changes)
+    start_processes(MODULES[name], flags, count=count, prepare=check_shares)()
 
 
 def end_after_an_iteration():
