@@ -167,7 +167,7 @@ def pretrain_flow(args):
 
 
 def pretrain_prompts(args):
-    """Trains what the stage `flow` saved on, mostly on prompts, and saves the pipeline.
+    """Goes on training what the stage `flow` saved, mostly with prompts, and saves the pipeline.
 
     To put the right colour on the right one of two objects takes the model longer than to edit an image.
     """

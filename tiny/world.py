@@ -498,17 +498,17 @@ def edit_scene(kind, source, rng):
     return Edit(instruction, reworded, target, content_of(kind, include), kept)
 
 
-def say_edit(kind, old, new, place, words):
+def say_edit(kind, old, new, new_place, words):
     """'make the red circle blue'.
 
-    old, new: the thing to edit, and the one that the edit brings. place: where to move it to.
+    old, new: the thing to edit, and the one that the edit brings. new_place: where to move it to.
     words: a function that picks one of three wordings.
     """
     name = f"the {words(COLOR_WORDS[old.color])} {words(SHAPE_WORDS[old.shape])}"
     if kind == "remove":
         return f"remove {name}"
     if kind == "move":
-        return f"move {name} to the {words(PLACE_WORDS[place])}"
+        return f"move {name} to the {words(PLACE_WORDS[new_place])}"
     color = words(COLOR_WORDS[new.color])
     shape = words(SHAPE_WORDS[new.shape])
     if kind == "recolour":
