@@ -4,19 +4,17 @@ write_tables puts them into the documents. Arms and claims are those of docs/pro
 meanings are in settings.py. An arm without a record is left out, and so are its claims.
 """
 
-import json
 from typing import NamedTuple
 
 import numpy as np
 
 from benchmark.inference import claim_row
 from benchmark.markdown import table
-from benchmark.records import RESULTS
+from benchmark.records import RESULTS, read_records
 from benchmark.settings import GROUPS
 
 STRICT = "eval/geneval_strict"
 REWRITTEN = "eval/geneval_strict_enhanced"
-LOOP = "eval/geneval_strict_loop"
 
 
 class Claim(NamedTuple):
@@ -67,7 +65,7 @@ CLAIMS = {
             STRICT,
         ),
         Claim(
-            "P7: for plain prompts, its flow model ends above one that was trained alone",
+            "P7: for plain prompts, its flow model is no worse than one that was trained alone",
             "promptrl/default",
             STRICT,
             "promptrl/flow_only",
@@ -82,36 +80,47 @@ SCORES = {  # column: score, of each file
 
 def read_arm(name):
     """{seed: record} of an arm, FILE/NAME."""
-    records = {}
-    for path in (RESULTS / name).glob("seed-*.json"):
-        record = json.loads(path.read_text())
-        records[record["seed"]] = record
-    return records
+    return {record["seed"]: record for record in read_records(name, RESULTS)}
 
 
-def final(record, score):
-    """The last value of an evaluated score, or None where a run does not measure it."""
-    values = [row[score] for row in record["metrics"] if row.get(score) is not None]
-    return values[-1] if values else None
+def measured(record, score):
+    """The values of a score in a run, from the first evaluation to the last. Empty where there are none."""
+    return [row[score] for row in record["metrics"] if row.get(score) is not None]
+
+
+def shared_seeds(arms):
+    """The seeds that all arms have, a sorted list. arms: {seed: record} each."""
+    return sorted(set.intersection(*[set(arm) for arm in arms]))
+
+
+def score_cells(records, scores, index):
+    """The mean of each score over runs, before training (index 0) or after it (-1). "" where not measured."""
+    cells = []
+    for score in scores:
+        values = [measured(record, score)[index] for record in records if measured(record, score)]
+        cells.append(f"{np.mean(values):.3f}" if values else "")
+    return cells
 
 
 def arms_table(algorithm):
-    """A row per arm: what it is, its seeds, and the mean of each score after training."""
+    """A row per arm: what it is, and the mean of each score, over the seeds that all arms have."""
     default = next(setting for setting in GROUPS["defaults"] if setting.algorithm == algorithm)
-    rows = []
+    arms = {}  # setting: {seed: record}
     for setting in [default, *GROUPS[algorithm]]:
         records = read_arm(setting.name)
-        if not records:
-            continue
-        cells = [setting.meaning, f"`{setting.own_flags}`" if setting.own_flags else ""]
-        cells.append(", ".join(str(seed) for seed in sorted(records)))
-        for score in SCORES[algorithm].values():
-            values = [final(record, score) for record in records.values()]
-            measured = [value for value in values if value is not None]
-            cells.append(f"{np.mean(measured):.3f}" if measured else "")
-        minutes = [record["seconds"] / 60 for record in records.values()]
-        rows.append([*cells, f"{np.median(minutes):.1f}"])
-    return table(["arm", "flags", "seeds", *SCORES[algorithm], "minutes"], rows)
+        if records:
+            arms[setting] = records
+    seeds = shared_seeds(arms.values())
+    scores = SCORES[algorithm]
+    before = score_cells([arms[default][seed] for seed in seeds], scores.values(), 0)
+    rows = [["before any training", "", *before, ""]]
+    for setting, records in arms.items():
+        own = [records[seed] for seed in seeds]
+        flags = f"`{setting.own_flags}`" if setting.own_flags else ""
+        minutes = np.median([record["seconds"] / 60 for record in own])
+        rows.append([setting.meaning, flags, *score_cells(own, scores.values(), -1), f"{minutes:.1f}"])
+    names = ", ".join(str(seed) for seed in seeds)
+    return table([f"mean over the seeds {names}", "flags", *scores, "minutes"], rows)
 
 
 def claims_table(algorithm):
@@ -120,9 +129,9 @@ def claims_table(algorithm):
     for claim in CLAIMS[algorithm]:
         better, worse = read_arm(claim.better), read_arm(claim.worse)
         differences = []
-        for seed in sorted(better.keys() & worse.keys()):
-            score = final(better[seed], claim.score_of_better)
-            differences.append(score - final(worse[seed], claim.score_of_worse))
+        for seed in shared_seeds([better, worse]):
+            score = measured(better[seed], claim.score_of_better)[-1]
+            differences.append(score - measured(worse[seed], claim.score_of_worse)[-1])
         if len(differences) >= 2:
             rows.append(claim_row(claim.text, differences))
     return table(["claim", "difference of each seed", "mean, 95%", "verdict"], rows)

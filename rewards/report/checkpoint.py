@@ -45,7 +45,7 @@ def put_together(state):
 
 
 def share_out(tensor, parameter):
-    """A process's share of a whole tensor, cut as the parameter is. All of it where the parameter is whole."""
+    """A process's share of a whole tensor, cut as a parameter is. All of it where the parameter is whole."""
     if not isinstance(parameter, DTensor):
         return tensor
     tensor = tensor.to(parameter.device)
