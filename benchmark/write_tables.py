@@ -225,8 +225,11 @@ def own_flags(record):
     return " ".join(flags)
 
 
-def trials_table(experiment=""):
-    """A table of all trials, the best last: flags, seeds, and the score on the dev prompts or dev edits."""
+def trials_table(experiment="", plain_score=None):
+    """A table of all trials, the best last: flags, seeds, and the score on the dev prompts or dev edits.
+
+    plain_score: a score of plain prompts that gets two more columns, its means before and after training.
+    """
     rows = []
     for algorithm, settings in read_trials(experiment).items():
         own = []
@@ -243,11 +246,17 @@ def trials_table(experiment=""):
                 ", ".join(f"{value:.3f}" for value in after),
                 f"{after.mean():.3f}",
             ]
+            if plain_score:
+                pairs = [evaluated(record, plain_score) for record in records]
+                cells += [f"{mean:.3f}" for mean in np.mean(pairs, axis=0)]
             own.append((after.mean(), cells))
         own.sort(key=lambda row: row[0])
         rows += [cells for _, cells in own]
     head = ["file", "flags, on top of the commit's defaults", "commit", "seeds", "images", "dev, before"]
-    return table(head + ["after, of each seed", "mean"], rows)
+    head += ["after, of each seed", "mean"]
+    if plain_score:
+        head += ["without rewrites: before", "after"]
+    return table(head, rows)
 
 
 def short_table():
@@ -320,7 +329,7 @@ def write_tables():
         "superseded runs": runs_table("superseded_*"),
         "trials": trials_table(),
         "flux trials": trials_table("_flux"),
-        "edit trials": trials_table("_edit"),
+        "edit trials": trials_table("_edit", plain_score="eval/edit"),
         "wordings": wordings_table(),
         "busy cores": busy_cores_table(),
         "promptrl arms": arm_tables.arms_table("promptrl"),

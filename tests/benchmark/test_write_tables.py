@@ -139,6 +139,20 @@ def test_trials_are_sorted_by_their_score_and_say_what_they_changed(results):
     ]
 
 
+def test_trials_with_rewrites_also_show_the_score_without_them(results):
+    path = results / "trials" / "promptrl_edit" / "a" / "seed-11.json"
+    path.parent.mkdir(parents=True)
+    command = "python promptrl.py --learning-rate 1e-3 --lm-learning-rate 1e-3 --seed 11"
+    record = run("promptrl", 11, command, "eval/edit_enhanced", (0.7, 0.8))
+    record["args"] = {"learning_rate": 1e-3, "lm_learning_rate": 1e-3, "rewards": "edit"}
+    for row, plain in zip(record["metrics"], (0.6, 0.5)):
+        row["eval/edit"] = plain
+    path.write_text(json.dumps(record))
+    lines = write_tables.trials_table("_edit", plain_score="eval/edit")
+    assert lines[0].endswith("| mean | without rewrites: before | after |")
+    assert lines[2].endswith("| 0.700 | 0.800 | 0.800 | 0.600 | 0.500 |")
+
+
 @pytest.mark.parametrize(
     "algorithm, reward, measured, expected",
     [
