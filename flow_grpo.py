@@ -838,6 +838,7 @@ def export_transformer(run_dir, pipe):
             )
     else:
         with report.replace_folder(run_dir / "transformer") as folder:
+            # save_pretrained would write the share of this process, so the whole weights are written here.
             transformer.save_config(folder)
             save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 

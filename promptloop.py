@@ -1086,7 +1086,7 @@ def export_lm(run_dir, policy):
     All processes have to call it.
     """
     is_lora = hasattr(policy.lm, "peft_config")
-    weights = None  # the model's own
+    weights = None  # save_pretrained then takes what the model holds: a LoRA is whole
     if not is_lora:
         weights = report.put_together(policy.lm.state_dict())
     if not report.is_first_process():

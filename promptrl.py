@@ -1204,6 +1204,7 @@ def export_transformer(run_dir, pipe):
             )
     else:
         with report.replace_folder(run_dir / "transformer") as folder:
+            # save_pretrained would write the share of this process, so the whole weights are written here.
             transformer.save_config(folder)
             save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
@@ -1214,7 +1215,7 @@ def export_lm(run_dir, policy):
     All processes have to call it.
     """
     is_lora = hasattr(policy.lm, "peft_config")
-    weights = None  # the model's own
+    weights = None  # save_pretrained then takes what the model holds: a LoRA is whole
     if not is_lora:
         weights = report.put_together(policy.lm.state_dict())
     if not report.is_first_process():
