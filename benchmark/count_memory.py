@@ -19,12 +19,11 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmark.gpu import LORA_LAYERS, SD35_LARGE, SD35_MEDIUM
+from benchmark.gpu import FLUX_DEV, LORA_LAYERS, SD35_LARGE, SD35_MEDIUM
 from benchmark.markdown import table
 from benchmark.write_tables import fill
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "gpu.md"
-FLUX_DEV = {"guidance_embeds": True}  # all else is the class's default, which is FLUX.1's
 LORA_RANK = 32
 CARDS = (24, 48, 80)  # GB
 SPARE = 2.0  # GB of a card that are left free

@@ -1,15 +1,15 @@
 """How fast does an algorithm file run on a GPU, and how much memory does it need?
 
     python -m benchmark.gpu run flow_grpo.py --size sd3.5-medium -- --lora-rank 32 --micro-batch-size 8
-    python -m benchmark.gpu parts --size sd3.5-medium --micro-batch-sizes 4 8 16 32
+    python -m benchmark.gpu parts --size flux.1-dev --micro-batch-sizes 4 8 16 32
     python -m benchmark.gpu table      # writes the tables of docs/gpu.md from benchmark/results/gpu/
 
 Both make a pipeline of the real size with random weights, so nothing is downloaded; random weights cost the
 same time and memory as trained ones. `run` trains with the file as it is, in a process of its own, and reads
 its metrics.jsonl: images per second, the share of the GPU's peak that is used (MFU) while sampling and while
 training, and peak memory. `parts` times a forward pass, and a forward and backward pass, of the transformer
-alone: plain, with gradient checkpointing, and with its blocks compiled. On a CPU, use `--size tiny`. With
-`--output`, both append their records to a .jsonl.
+alone: plain, with gradient checkpointing, and with its blocks compiled. On a CPU, use `--size tiny` or
+`--size tiny-flux`. With `--output`, both append their records to a .jsonl.
 """
 
 import argparse
@@ -26,6 +26,8 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -34,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -81,7 +84,33 @@ TINY = SD35_MEDIUM | {
     "pos_embed_max_size": 16,
     "dual_attention_layers": (0,),
 }
-TRANSFORMERS = {"sd3.5-medium": SD35_MEDIUM, "sd3.5-large": SD35_LARGE, "tiny": TINY}
+FLUX_DEV = {
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
+TINY_FLUX = FLUX_DEV | {
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 64,
+    "axes_dims_rope": (8, 12, 12),
+}
+TRANSFORMERS = {
+    "sd3.5-medium": SD35_MEDIUM,
+    "sd3.5-large": SD35_LARGE,
+    "flux.1-dev": FLUX_DEV,
+    "tiny": TINY,
+    "tiny-flux": TINY_FLUX,
+}
+T5_TOKENS = {"sd3": 128, "flux": 512}  # length of a prompt
 QWEN_3B = {
     "hidden_size": 2048,
     "intermediate_size": 11008,
@@ -94,26 +123,41 @@ QWEN_3B = {
 }
 
 
-def make_vae(is_tiny):
-    """The autoencoder of SD3: 16 channels, factor 8."""
-    widths = [8, 16, 16, 16] if is_tiny else [128, 256, 512, 512]
+def is_flux(size):
+    """Whether a model of TRANSFORMERS is of the FLUX.1 family, and not of SD3's."""
+    return "guidance_embeds" in TRANSFORMERS[size]
+
+
+def is_tiny(size):
+    return size.startswith("tiny")
+
+
+def num_text_tokens(size):
+    """Text tokens that the transformer sees: those of T5, and with SD3 the 77 of CLIP before them."""
+    return T5_TOKENS["flux"] if is_flux(size) else 77 + T5_TOKENS["sd3"]
+
+
+def make_vae(size):
+    """The autoencoder: 16 channels and factor 8 in both families."""
+    widths = [8, 16, 16, 16] if is_tiny(size) else [128, 256, 512, 512]
     return AutoencoderKL(
         latent_channels=16,
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=widths,
         layers_per_block=2,
-        norm_num_groups=8 if is_tiny else 32,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
+        norm_num_groups=8 if is_tiny(size) else 32,
+        sample_size=64 if is_tiny(size) else 1024,
+        scaling_factor=0.3611 if is_flux(size) else 1.5305,
+        shift_factor=0.1159 if is_flux(size) else 0.0609,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
 
 
-def make_text_encoder(width, tokenizer):
+def clip_config(width, tokenizer):
     """A CLIP text encoder of the right width. Two layers are enough: it runs once per prompt."""
-    config = CLIPTextConfig(
+    return CLIPTextConfig(
         hidden_size=width,
         projection_dim=width,
         intermediate_size=2 * width,
@@ -123,37 +167,68 @@ def make_text_encoder(width, tokenizer):
         max_position_embeddings=77,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return CLIPTextModelWithProjection(config)
+
+
+def make_t5(width, tokenizer):
+    """A T5 encoder of the right width, with one small layer."""
+    return T5EncoderModel(
+        T5Config(d_model=width, d_ff=64, d_kv=16, num_heads=4, num_layers=1, vocab_size=len(tokenizer))
+    )
+
+
+def make_transformer(size):
+    """The transformer with random weights, in bfloat16 on the current default device."""
+    family = FluxTransformer2DModel if is_flux(size) else SD3Transformer2DModel
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # else FLUX.1 takes 48 GB while it is made
+    try:
+        transformer = family(**TRANSFORMERS[size])
+    finally:
+        torch.set_default_dtype(default_dtype)
+    for parameter in transformer.parameters():
+        if parameter.ndim > 1:  # the published models' gates are not zero, unlike those of a new model
+            parameter.data.normal_(0, 0.02)
+    return transformer
 
 
 def make_pipeline(size, folder, device):
-    """Writes a StableDiffusion3Pipeline of that size with random weights, in bfloat16."""
+    """Writes a StableDiffusion3Pipeline or a FluxPipeline of that size with random weights, in bfloat16."""
     torch.manual_seed(0)
+    with torch.device(device):
+        pipe = make_flux(size) if is_flux(size) else make_sd3(size)
+    pipe.to(torch.bfloat16).save_pretrained(folder)
+
+
+def make_sd3(size):
     config = TRANSFORMERS[size]
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/sd3/tokenizer", model_max_length=77)
-    width = config["joint_attention_dim"]
-    first_clip = 32 if size == "tiny" else 768
+    first_clip = 32 if is_tiny(size) else 768
     second_clip = config["pooled_projection_dim"] - first_clip
-    t5_config = T5Config(
-        d_model=width, d_ff=64, d_kv=16, num_heads=4, num_layers=1, vocab_size=len(tokenizer)
+    return StableDiffusion3Pipeline(
+        transformer=make_transformer(size),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=make_vae(size),
+        text_encoder=CLIPTextModelWithProjection(clip_config(first_clip, tokenizer)),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(second_clip, tokenizer)),
+        tokenizer_2=tokenizer,
+        text_encoder_3=make_t5(config["joint_attention_dim"], tokenizer),
+        tokenizer_3=tokenizer,
     )
-    with torch.device(device):
-        transformer = SD3Transformer2DModel(**config).to(torch.bfloat16)
-        for parameter in transformer.parameters():
-            if parameter.ndim > 1:  # the published models' gates are not zero, unlike those of a new model
-                parameter.data.normal_(0, 0.02)
-        pipe = StableDiffusion3Pipeline(
-            transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=make_vae(size == "tiny").to(torch.bfloat16),
-            text_encoder=make_text_encoder(first_clip, tokenizer).to(torch.bfloat16),
-            tokenizer=tokenizer,
-            text_encoder_2=make_text_encoder(second_clip, tokenizer).to(torch.bfloat16),
-            tokenizer_2=tokenizer,
-            text_encoder_3=T5EncoderModel(t5_config).to(torch.bfloat16),
-            tokenizer_3=tokenizer,
-        )
-    pipe.save_pretrained(folder)
+
+
+def make_flux(size):
+    config = TRANSFORMERS[size]
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/sd3/tokenizer", model_max_length=77)
+    return FluxPipeline(
+        transformer=make_transformer(size),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=make_vae(size),
+        text_encoder=CLIPTextModel(clip_config(config["pooled_projection_dim"], tokenizer)),
+        tokenizer=tokenizer,
+        text_encoder_2=make_t5(config["joint_attention_dim"], tokenizer),
+        tokenizer_2=tokenizer,
+    )
 
 
 def make_language_model(folder, device):
@@ -171,13 +246,18 @@ def make_language_model(folder, device):
     model.save_pretrained(folder)
 
 
+def add_lora(transformer):
+    """Freezes the transformer, and adds a trained LoRA of rank 32 to its attention layers."""
+    transformer.requires_grad_(False)
+    transformer.add_adapter(LoraConfig(target_modules=["attn." + name for name in LORA_LAYERS], r=32))
+
+
 def count_flops(size, resolution, tokens):
     """FLOPs of a transformer with a LoRA on one image, forward and backward, counted on meta tensors."""
-    config = TRANSFORMERS[size]
     with torch.device("meta"):
-        transformer = SD3Transformer2DModel(**config).requires_grad_(False)
-        transformer.add_adapter(LoraConfig(target_modules=["attn." + name for name in LORA_LAYERS], r=32))
-        inputs = make_inputs(config, 1, resolution, tokens, torch.float32)
+        transformer = make_transformer(size).float()
+        add_lora(transformer)
+        inputs = make_inputs(size, 1, resolution, tokens, torch.float32)
     with FlopCounterMode(display=False) as counter:
         output = transformer(**inputs).sample
         forward = counter.get_total_flops()
@@ -185,14 +265,24 @@ def count_flops(size, resolution, tokens):
     return forward, counter.get_total_flops() - forward
 
 
-def make_inputs(config, batch_size, resolution, tokens, dtype):
+def make_inputs(size, batch_size, resolution, tokens, dtype):
     """Random inputs of a transformer, on the current default device."""
+    config = TRANSFORMERS[size]
     side = resolution // 8
-    return {
-        "hidden_states": torch.randn(batch_size, config["in_channels"], side, side, dtype=dtype),
-        "timestep": torch.full((batch_size,), 500.0),
+    inputs = {
         "encoder_hidden_states": torch.randn(batch_size, tokens, config["joint_attention_dim"], dtype=dtype),
         "pooled_projections": torch.randn(batch_size, config["pooled_projection_dim"], dtype=dtype),
+    }
+    if not is_flux(size):
+        latents = torch.randn(batch_size, config["in_channels"], side, side, dtype=dtype)
+        return inputs | {"hidden_states": latents, "timestep": torch.full((batch_size,), 500.0)}
+    num_patches = (side // 2) ** 2
+    return inputs | {
+        "hidden_states": torch.randn(batch_size, num_patches, config["in_channels"], dtype=dtype),
+        "timestep": torch.full((batch_size,), 0.5),
+        "guidance": torch.full((batch_size,), 3.5),
+        "img_ids": torch.zeros(num_patches, 3),
+        "txt_ids": torch.zeros(tokens, 3),
     }
 
 
@@ -214,12 +304,13 @@ def show(record):
 
 
 # --- run: a whole algorithm file ---
+REWARD = "jpeg_incompressibility:0.001"  # needs no weights, and lies in [0, 1] for superflow.py
 
 
 def run_file(args, folder, flags):
-    """Trains with an algorithm file for three iterations, and returns a record of the last one."""
-    is_tiny = args.size == "tiny"
-    resolution = 64 if is_tiny else args.resolution
+    """Trains with an algorithm file for a few iterations, and returns a record of the last one."""
+    family = "flux" if is_flux(args.size) else "sd3"
+    resolution = 64 if is_tiny(args.size) else args.resolution
     lines = (ROOT / "tiny/prompts/fold_0/train.jsonl").read_text().splitlines()
     for name, count in (("train", 16), ("eval", 4)):
         prompts = [json.loads(line)["prompt"] for line in lines[:count]]
@@ -227,14 +318,11 @@ def run_file(args, folder, flags):
     words = [
         *("--model", folder / "pipeline"),
         *("--prompts", folder / "train.txt"),
-        *(
-            "--rewards",
-            "jpeg_incompressibility:0.001",
-        ),  # needs no weights, and lies in [0, 1] for superflow.py
+        *("--rewards", REWARD),
         *("--output-dir", folder / "runs"),
         *("--resolution", resolution),
-        *("--max-sequence-length", 128),
-        *("--num-iterations", 3),
+        *("--max-sequence-length", T5_TOKENS[family]),
+        *("--num-iterations", args.num_iterations),
         *("--eval-every", 1000),
         *("--save-every", 1000),
         *flags,
@@ -261,17 +349,24 @@ def run_file(args, folder, flags):
 def utilisation(args, saved, num_images, last):
     """MFU while sampling and while training: FLOPs that the algorithm needs, over what the card could do.
 
-    Only transformer passes are counted: decoding, the reward and recomputed activations are overhead.
+    Only the image model's passes are counted. Decoding, the reward, a language model and activations that
+    are recomputed are overhead.
     """
     if "learning_rate" not in saved:
         return {}  # promptloop.py: the image model is not trained
-    forward, backward = count_flops(args.size, 64 if args.size == "tiny" else args.resolution, 77 + 128)
-    passes = 2 if saved["guidance_scale"] > 1 else 1
+    resolution = 64 if is_tiny(args.size) else args.resolution
+    forward, backward = count_flops(args.size, resolution, num_text_tokens(args.size))
+    has_two_passes = saved["guidance_scale"] > 1 and not is_flux(args.size)  # FLUX.1 has it as an input
+    passes = 2 if has_two_passes else 1
     steps = saved["num_inference_steps"]
-    trained_steps = saved.get("sde_window", steps) or steps - 1
+    is_fdfo = "churn" in saved  # trains every step
+    trained_steps = steps if is_fdfo else saved["sde_window"] or steps - 1
+    per_trained_step = forward + backward
+    if saved["kl_coef"] > 0:
+        per_trained_step += forward  # the base model's
     peak = args.peak_tflops * 1e12
     sampling = num_images * steps * passes * forward
-    training = num_images * trained_steps * passes * (forward + backward)
+    training = num_images * trained_steps * passes * per_trained_step
     return {
         "mfu_sample": sampling / last["perf/seconds_sample"] / peak,
         "mfu_train": training / last["perf/seconds_train"] / peak,
@@ -298,32 +393,31 @@ def synchronise():
         torch.cuda.synchronize()
 
 
-def time_parts(args, folder, device):
+def time_parts(args, device):
     """Yields a record for each way to run the transformer and each micro-batch size."""
-    config = TRANSFORMERS[args.size]
-    resolution = 64 if args.size == "tiny" else args.resolution
-    tokens = 77 + 128
+    resolution = 64 if is_tiny(args.size) else args.resolution
+    tokens = num_text_tokens(args.size)
     forward_flops, backward_flops = count_flops(args.size, resolution, tokens)
     peak = args.peak_tflops * 1e12
     for way in args.ways:
-        transformer = SD3Transformer2DModel.from_pretrained(
-            folder / "pipeline/transformer", dtype=torch.bfloat16
-        )
-        transformer.to(device).requires_grad_(False)
-        transformer.add_adapter(LoraConfig(target_modules=["attn." + name for name in LORA_LAYERS], r=32))
+        torch.manual_seed(0)
+        with torch.device(device):
+            transformer = make_transformer(args.size)
+            add_lora(transformer)
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         if way == "checkpointing":
             transformer.train().enable_gradient_checkpointing()
         if way == "compiled":
-            for block in transformer.transformer_blocks:
-                block.compile()
+            for module in transformer.modules():
+                if type(module).__name__ in transformer._no_split_modules:
+                    module.compile()
         for batch_size in args.micro_batch_sizes:
             record = {"way": way, "size": args.size, "micro_batch_size": batch_size}
             try:
                 with torch.device(device):
-                    inputs = make_inputs(config, batch_size, resolution, tokens, torch.bfloat16)
+                    inputs = make_inputs(args.size, batch_size, resolution, tokens, torch.bfloat16)
                 record |= time_passes(transformer, inputs, device)
             except torch.OutOfMemoryError:
                 record["failed"] = "out of memory"
@@ -375,16 +469,8 @@ def number(record, name, form):
 
 def table_of_files():
     """A row for each run of an algorithm file."""
-    head = [
-        "file",
-        "model",
-        "flags",
-        "images/s",
-        "MFU sampling",
-        "MFU training",
-        "peak GB",
-        "first ratio - 1",
-    ]
+    head = ["file", "model", "flags", "card", "images/s", "MFU sampling", "MFU training", "peak GB"]
+    head.append("first ratio - 1")
     rows = []
     for record in read_results("files.jsonl"):
         ratios = [number(record, name, ".0e") for name in ("ratio_first", "lm_ratio_first") if name in record]
@@ -393,6 +479,7 @@ def table_of_files():
                 f"`{record['script']}`",
                 record["size"],
                 f"`{record['flags']}`" if record["flags"] else "",
+                short_name(record["card"]),
                 number(record, "images_per_second", ".1f"),
                 number(record, "mfu_sample", ".0%"),
                 number(record, "mfu_train", ".0%"),
@@ -403,18 +490,34 @@ def table_of_files():
     return table(head, rows)
 
 
+def short_name(card):
+    """A card's name as it fits a table: "NVIDIA H100 80GB HBM3" is "H100"."""
+    return card.removeprefix("NVIDIA ").split(" ")[0]
+
+
 def table_of_transformer():
-    """A row for each way to run the transformer, with its time relative to the first row's."""
-    records = read_results("transformer.jsonl")
-    first = records[0]
-    head = ["SD3.5-M, 512 x 512", "batch", "forward", "forward and backward", "MFU of both", "peak GB"]
+    """A row for each way to run a transformer. Times per image are relative to the model's first row."""
+    head = ["model", "card", "way", "batch", "forward", "forward and backward", "per image, relative"]
+    head += ["MFU of both", "peak GB"]
+    first_times = {}
     rows = []
-    for record in records:
-        cells = [record["way"], str(record["micro_batch_size"])]
-        for name in ("forward_s", "forward_and_backward_s"):
-            cells.append(f"{1000 * record[name]:.0f} ms, {record[name] / first[name]:.2f}")
-        cells += [number(record, "mfu_both", ".0%"), number(record, "peak_memory_gb", ".1f")]
-        rows.append(cells)
+    for record in read_results("transformer.jsonl"):
+        cells = [record["size"], short_name(record["card"]), record["way"], str(record["micro_batch_size"])]
+        if "failed" in record:
+            rows.append(cells + [record["failed"], "-", "-", "-", "-"])
+            continue
+        per_image = record["forward_and_backward_s"] / record["micro_batch_size"]
+        first = first_times.setdefault(record["size"], per_image)
+        rows.append(
+            cells
+            + [
+                f"{1000 * record['forward_s']:.0f} ms",
+                f"{1000 * record['forward_and_backward_s']:.0f} ms",
+                f"{per_image / first:.2f}",
+                number(record, "mfu_both", ".0%"),
+                number(record, "peak_memory_gb", ".1f"),
+            ]
+        )
     return table(head, rows)
 
 
@@ -453,6 +556,7 @@ def parse_args(words):
         "--size", choices=list(TRANSFORMERS), default="sd3.5-medium", help="of the image model"
     )
     parser.add_argument("--resolution", type=int, default=512, help="side of the images in pixels")
+    parser.add_argument("--num-iterations", type=int, default=3, help="for `run`; the last one is measured")
     parser.add_argument("--language-model", action="store_true", help="a Qwen2.5-VL-3B as --lm, not tiny/vlm")
     parser.add_argument(
         "--micro-batch-sizes", type=int, nargs="+", default=[4, 8, 16, 32], help="for `parts`"
@@ -472,6 +576,15 @@ def parse_args(words):
     return parser.parse_args(words)
 
 
+def keep(args, records):
+    """Prints records as they come, and appends them to --output."""
+    for record in records:
+        show(record)
+        if args.output:
+            with open(args.output, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
 def main(words):
     flags = []
     if "--" in words:
@@ -486,6 +599,9 @@ def main(words):
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
+        if args.what == "parts":
+            keep(args, time_parts(args, device))
+            return
         if not (folder / "pipeline/model_index.json").exists():
             make_pipeline(args.size, folder / "pipeline", device)
         if args.language_model:
@@ -493,12 +609,7 @@ def main(words):
                 make_language_model(folder / "lm", device)
             flags += ["--lm", str(folder / "lm")]
         shutil.rmtree(folder / "runs", ignore_errors=True)
-        records = [run_file(args, folder, flags)] if args.what == "run" else time_parts(args, folder, device)
-        for record in records:
-            show(record)
-            if args.output:
-                with open(args.output, "a") as file:
-                    file.write(json.dumps(record) + "\n")
+        keep(args, [run_file(args, folder, flags)])
 
 
 if __name__ == "__main__":
