@@ -4,12 +4,15 @@
     python -m benchmark.draw runs/promptrl-... --prompts my_prompts.txt
 
 It takes the runs of all five files. Each line of the picture is a way to draw, from the same noises:
+    source      the image to be edited, where there is one
     before      the image model as it was, with the prompt as it is
     after       the trained image model, if it was trained
     rewritten   the same with the prompt as the run's language model rewrites it (PromptRL)
     refined     the prompt refined by the run's language model during the sampling (PromptLoop)
 
-A prompt file with images to edit works, too: see docs/your_model.md.
+A prompt file with images to edit works, too (docs/your_model.md):
+
+    python -m benchmark.draw runs/promptrl-... --prompts tiny/prompts/fold_0/edit_reworded_test.jsonl
 """
 
 import argparse
@@ -96,6 +99,9 @@ def draw(run, file):
         images = promptloop.sample_plain(model, args, prompts, file.metadata, numbers).images
         ways[way] = (prompts, images)
 
+    sources = promptrl.load_sources(file.metadata, model.size)
+    if sources is not None:
+        ways["source"] = (file.prompts, sources)
     add("before", file.prompts)
     if load_trained_weights(model.pipe, run):
         add("after", file.prompts)

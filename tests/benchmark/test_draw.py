@@ -15,7 +15,8 @@ import promptrl
 import superflow
 from benchmark import draw
 from rewards import BadInput
-from rewards.prompts import PromptFile
+from rewards.prompts import PromptFile, load_prompts, resolve_sources
+from rewards.sources import load_source
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = PromptFile(["a red circle", "two stars"], [{}, {}])
@@ -142,3 +143,21 @@ def test_prompts_come_from_the_command_line_or_a_file(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words = ["run", "--prompts", str(tmp_path / "a.jsonl")]
     assert draw.prompts_of(draw.parse(words)).prompts == [f"prompt {number}" for number in range(8)]
+
+
+def test_of_edits_the_sources_are_shown_too(tmp_path):
+    path = ROOT / "tiny/prompts/fold_0/edit_dev.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:2]]
+    for row in rows:
+        row["source"] = str((path.parent / row["source"]).resolve())
+    prompts = tmp_path / "train.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    flags = {"model": "tiny/flux", "prompts": str(prompts), "eval_prompts": str(prompts)}
+    args = flow_grpo.Args(**SMALL | flags | {"output_dir": str(tmp_path), "sde_window": 2})
+    file = resolve_sources(str(prompts), load_prompts(str(prompts)))
+    ways = draw.draw(flow_grpo.train(args), file)
+    assert list(ways) == ["source", "before", "after"]
+    captions, images = ways["source"]
+    assert captions == [row["prompt"] for row in rows]
+    for row, image in zip(rows, images):
+        assert torch.equal(image, load_source(row["source"], 64))
