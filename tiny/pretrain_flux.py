@@ -1,8 +1,7 @@
 """Pretrains the tiny world's editor, tiny/flux, from scratch, supervised only: no reward is ever seen here.
 
     python -m tiny.pretrain_flux flow       flow model and text encoders; the autoencoder is that of tiny/sd3
-    python -m tiny.pretrain_flux prompts    goes on, mostly with prompts, which need longer than edits; left
-                                            out in the tiny/flux that is shipped
+    python -m tiny.pretrain_flux prompts    goes on, mostly with prompts, which need longer than edits
     python -m tiny.pretrain_flux distill    makes the guidance scale an input of the model; comes last
     python -m tiny.pretrain_flux eval       scores the finished pipeline on the dev prompts and the dev edits
 
@@ -34,7 +33,7 @@ from tiny.scoring import print_scores
 
 HERE = Path(__file__).parent
 FLOW_STEPS = 20000
-PROMPTS_STEPS = 20000
+PROMPTS_STEPS = 8000
 DISTILL_STEPS = 2000
 LARGEST_GUIDANCE = 4.0  # of the scales that the model learns
 EDIT_SHARE = 0.4  # of the images of a step
