@@ -959,7 +959,7 @@ def train(args):
 
             # 2. Sample, and 3. score.
             rollouts = []
-            score_parts = []
+            pending_scores = []  # functions that wait for the scores of a micro-batch
             for images in tqdm(micro_batches, desc="sample", leave=False, disable=None):
                 velocity_at = velocity_for(prompts[images], metadata[images])
                 rollout = churned_rollout(
@@ -968,11 +968,12 @@ def train(args):
                 rollouts.append(rollout)
                 pictures = decode(pipe, rollout.x_0)
                 clock.stop("sample")
-                score_parts.append(reward.details(pictures, prompts[images], metadata[images]))
+                pending_scores.append(reward.start_scoring(pictures, prompts[images], metadata[images]))
                 clock.stop("reward")
 
             # 4. Differences within pairs, of latents and of rewards.
-            scores = report.gather_scores(score_parts)
+            scores = report.gather_scores([wait() for wait in pending_scores])
+            clock.stop("reward")
             metrics |= report.reward_metrics(scores, [K] * P)
             own_rewards = scores["reward"].split(len(image_numbers))[rank]
             x_0 = torch.cat([rollout.x_0 for rollout in rollouts])

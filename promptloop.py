@@ -1176,7 +1176,7 @@ def train(args):
 
             # 2. Sample and 3. refine on the way, and 4. score against the original prompts.
             trained = []  # each refinement, with the images that it was for
-            score_parts = []
+            pending_scores = []  # functions that wait for the scores of a micro-batch
             reply_tokens = []
             well_formed = []
             truncated = []
@@ -1198,7 +1198,7 @@ def train(args):
                     model, originals[images], noise[images], schedules[images], refiner, T, sources
                 )
                 clock.stop("sample")
-                score_parts.append(reward.details(pictures, originals[images], metadata[images]))
+                pending_scores.append(reward.start_scoring(pictures, originals[images], metadata[images]))
                 clock.stop("reward")
                 for refinement in refiner.refinements:
                     refined_images = [start + position for position in refinement.positions]
@@ -1209,7 +1209,8 @@ def train(args):
                     truncated += [is_truncated(model.pipe.tokenizer, text) for text in rewrites.prompts]
 
             # 5. Advantages, from the rewards of all processes.
-            scores = report.gather_scores(score_parts)
+            scores = report.gather_scores([wait() for wait in pending_scores])
+            clock.stop("reward")
             metrics |= report.reward_metrics(scores, [K] * P)
             reply_tokens = gather_numbers(reply_tokens)
             metrics["charts/format_rate"] = gather_numbers(well_formed).mean().item()

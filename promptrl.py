@@ -1390,7 +1390,7 @@ def train(args):
             # 2. Sample, and 3. score against the original prompts.
             noise = draw_noise(image_numbers, 1 + len(window), latent_shape, args.seed, iteration)
             micro_batches = []
-            score_parts = []
+            pending_scores = []  # functions that wait for the scores of a micro-batch
             for images in tqdm(slices, desc="sample", leave=False, disable=None):
                 velocity_at = velocity_for(prompts[images], metadata[images])
                 x_0, trained_steps = rollout(
@@ -1399,11 +1399,12 @@ def train(args):
                 micro_batches.append(MicroBatch(images, trained_steps))
                 pictures = decode(pipe, x_0)
                 clock.stop("sample")
-                score_parts.append(reward.details(pictures, originals[images], metadata[images]))
+                pending_scores.append(reward.start_scoring(pictures, originals[images], metadata[images]))
                 clock.stop("reward")
 
             # 4. Advantages, from the rewards of all processes.
-            scores = report.gather_scores(score_parts)
+            scores = report.gather_scores([wait() for wait in pending_scores])
+            clock.stop("reward")
             metrics |= report.reward_metrics(scores, [K] * P)
             image_rewards = scores["reward"].view(P, K)
             formatted = gather_numbers(well_formed).view(P, num_rewrites)

@@ -1054,7 +1054,7 @@ def train(args):
 
             # 2. Sample, and 3. score.
             rollouts = []  # for each update, its MicroBatches
-            score_parts = []
+            pending_scores = []  # functions that wait for the scores of a micro-batch
             for slices in tqdm(updates, desc="sample", leave=False, disable=None):
                 micro_batches = []
                 for images in slices:
@@ -1065,12 +1065,13 @@ def train(args):
                     micro_batches.append(MicroBatch(images, trained_steps))
                     pictures = decode(pipe, x_0)
                     clock.stop("sample")
-                    score_parts.append(reward.details(pictures, prompts[images], metadata[images]))
+                    pending_scores.append(reward.start_scoring(pictures, prompts[images], metadata[images]))
                     clock.stop("reward")
                 rollouts.append(micro_batches)
 
             # 4. Advantages, from the rewards of all processes.
-            scores = report.gather_scores(score_parts)
+            scores = report.gather_scores([wait() for wait in pending_scores])
+            clock.stop("reward")
             numbers = report.gather(torch.tensor(image_numbers))  # of all images, in the order of the scores
             order = torch.unique_consecutive(numbers // K)  # of the prompts, likewise
             metrics |= report.reward_metrics(scores, group_sizes[order].tolist())

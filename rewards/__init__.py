@@ -5,9 +5,11 @@ A reward is any callable with one signature,
     reward(images (B, 3, H, W) float in [0, 1], prompts: list[str], metadata: list[dict]) -> (B,) numbers
 
 NaN marks a row that could not be scored, such as after a fault of an engine. The numbers may be a tensor, an
-array or a list; `WeightedSum` checks them. A reward may have two more methods: `check(prompt, metadata)`
+array or a list; `WeightedSum` checks them. A reward may have three more methods: `check(prompt, metadata)`
 raises ValueError where a row lacks what the reward needs, before any image model is loaded;
-`details(images, prompts, metadata)` returns a dict of such numbers for the logs, its own value among them.
+`details(images, prompts, metadata)` returns a dict of such numbers for the logs, its own value among them;
+`start_scoring(images, prompts, metadata)` begins to score in the background, and returns a function that
+waits for the numbers. A training run asks for them when all images of an iteration are sampled.
 
 `build("geneval:1,jpeg:0.2", ...)` makes one reward of a spec. `my_rewards:warmth` in a spec is the function
 `warmth` of the module `my_rewards`. A prompt with a tag, "reward": "jpeg" in its metadata, is judged by that

@@ -1,5 +1,6 @@
 """Several rewards as one: their weighted sum. What a reward returns is checked here, and only here."""
 
+import functools
 import math
 import numbers
 import warnings
@@ -100,14 +101,35 @@ class WeightedSum:
         Raises BadInput for images that are none or a tag that was not built, and RewardError for a reward
         that fails or returns anything but numbers.
         """
+        return self.start_scoring(images, prompts, metadata)()
+
+    def start_scoring(self, images, prompts, metadata):
+        """Begins to score. Returns a function that waits for the scores, and gives what `details` gives.
+
+        A reward that has this method too, such as ocr, goes on in the background. The others have scored
+        when this returns.
+        """
         check_images(images, prompts, metadata)
         check_tags(prompts, metadata, self.parts)
-        total = torch.zeros(len(images), device=images.device)
+        waits = {}
+        for name in self.parts:
+            rows = judged_rows(name, metadata)
+            if rows:
+                waits[name] = self.start_part(name, rows, images, prompts, metadata)
+        zeros = torch.zeros(len(images), device=images.device)
+        return functools.partial(self.add_up, waits, zeros, metadata)
+
+    def add_up(self, waits, total, metadata):
+        """What `details` gives, of parts that have begun to score.
+
+        waits: {name of a part: a function that waits for its scores}, without parts that judge no row.
+        total: (B,) zeros.
+        """
         values = {"reward": total}
         for name, (_, weight) in self.parts.items():
             rows = judged_rows(name, metadata)
             if rows:
-                found = self.ask(name, rows, images, prompts, metadata)
+                found = waits[name]()
             else:
                 found = dict.fromkeys(self.names.get(name, [name]), total[rows])
             for key, scores in found.items():
@@ -123,26 +145,42 @@ class WeightedSum:
     def __call__(self, images, prompts, metadata):
         return self.details(images, prompts, metadata)["reward"]
 
-    def ask(self, name, rows, images, prompts, metadata):
-        """{name in its details: (rows,) float32} of one reward for some rows of a batch."""
+    def start_part(self, name, rows, images, prompts, metadata):
+        """Lets one reward begin to score some rows of a batch. Returns a function that waits for its scores.
+
+        They are {name in its details: (rows,) float32}.
+        """
         reward, _ = self.parts[name]
         some_images = images[rows]  # a copy, also where these are all rows
         some_prompts = [prompts[row] for row in rows]
         some_metadata = [dict(metadata[row]) for row in rows]
+        batch = (some_images, some_prompts, some_metadata)
+        if hasattr(reward, "start_scoring"):
+            wait = self.call(name, reward.start_scoring, *batch)
+            return lambda: self.read(name, {name: self.call(name, wait)}, len(rows))
+        if hasattr(reward, "details"):
+            found = self.call(name, reward.details, *batch)
+        else:
+            found = {name: self.call(name, reward, *batch)}
+        scores = self.read(name, found, len(rows))
+        return lambda: scores
+
+    def call(self, name, function, *arguments):
+        """The result of a function of one reward. Raises RewardError, with the reward's name, if it fails."""
         try:
-            if hasattr(reward, "details"):
-                found = reward.details(some_images, some_prompts, some_metadata)
-            else:
-                found = {name: reward(some_images, some_prompts, some_metadata)}
+            return function(*arguments)
         except BadInput:
             raise
         except (Exception, SystemExit) as error:
             raise reward_failure(name, error) from error
+
+    def read(self, name, found, num_rows):
+        """What one reward returned, checked: {name in its details: (num_rows,) float32}."""
         self.check_names(name, found)
         scores = {}
         for key, value in found.items():
             source = f"reward {name!r}" if key == name else f"details of reward {name!r} for {key!r}"
-            scores[key] = read_scores(value, len(rows), source)
+            scores[key] = read_scores(value, num_rows, source)
             self.mask_infinity(source, scores[key])
         return scores
 
@@ -183,4 +221,4 @@ class WeightedSum:
             if len(rows) < len(metadata) and hasattr(self.parts[name][0], "details"):
                 black = torch.zeros(1, 3, 64, 64, device=device)
                 first = rows[0]
-                self.ask(name, [0], black, [prompts[first]], [metadata[first]])
+                self.start_part(name, [0], black, [prompts[first]], [metadata[first]])()

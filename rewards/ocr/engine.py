@@ -11,6 +11,7 @@ it is killed (on Linux).
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import queue
@@ -20,7 +21,7 @@ import sys
 import threading
 import warnings
 import weakref
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 
 import numpy as np
 from einops import rearrange
@@ -102,14 +103,58 @@ def stop(worker):
     worker.wait()
 
 
-def stop_all(idle, busy):
-    """Stops the workers of a Reader that is no more."""
+def stop_all(idle, busy, interrupted, threads):
+    """Stops the workers and threads of a Reader that is no more."""
+    interrupted.set()
+    threads.stop()
     for worker in list(busy):
         stop(worker)
     while not idle.empty():
         worker = idle.get()
         if worker is not None:
             stop(worker)
+
+
+class Threads:
+    """Threads that make calls in the background, each call in the first thread that is free.
+
+    At the end of the program nothing waits for them. It would wait for those of a ThreadPoolExecutor, so that
+    a Ctrl-C had to wait for all images that are still to be read.
+    """
+
+    def __init__(self, count):
+        self.count = count
+        self.calls = queue.SimpleQueue()
+        for _ in range(count):
+            threading.Thread(target=make_calls, args=(self.calls,), daemon=True).start()
+
+    def submit(self, function, argument):
+        """The Future of function(argument)."""
+        future = Future()
+        self.calls.put((future, function, argument))
+        return future
+
+    def stop(self):
+        """Ends each thread after the call that it makes; calls that wait are dropped."""
+        while not self.calls.empty():
+            self.calls.get()
+        for _ in range(self.count):
+            self.calls.put(None)
+
+
+def make_calls(calls):
+    """What a thread of Threads does, until it gets None."""
+    while True:
+        call = calls.get()
+        if call is None:
+            return
+        future, function, argument = call
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function(argument))
+            except BaseException as error:
+                future.set_exception(error)
+        del call, future, function, argument  # a thread that waits must not keep a Reader alive
 
 
 class Deadline:
@@ -153,26 +198,33 @@ class Reader:
         self.command = command
         self.start_seconds = start_seconds
         self.image_seconds = image_seconds
-        self.threads = ThreadPoolExecutor(processes)
+        self.threads = Threads(processes)
         self.busy = set()  # workers that are starting or reading
-        self.interrupted = False
+        self.interrupted = threading.Event()
         self.idle = queue.SimpleQueue()
         for _ in range(processes):
             self.idle.put(None)  # the place of a worker
-        weakref.finalize(self, stop_all, self.idle, self.busy)  # at the latest when the interpreter exits
+        # at the latest when the interpreter exits
+        weakref.finalize(self, stop_all, self.idle, self.busy, self.interrupted, self.threads)
 
     def __call__(self, images):
+        return self.start_reading(images)()
+
+    def start_reading(self, images):
+        """Begins to read in the background. Returns a function that waits for the texts."""
         # in 8 bits: of floats in [0, 1] the engine reads nothing and says nothing
         pixels = (images.detach().float() * 255).round().byte().cpu()
-        return self.read_all(rearrange(pixels, "b c h w -> b h w c").numpy())
+        return self.start_reading_pixels(rearrange(pixels, "b c h w -> b h w c").numpy())
 
-    def read_all(self, pixels):
-        """The texts in images (B, H, W, 3) uint8. An exception meanwhile, such as Ctrl-C, ends at once."""
-        futures = []
-        self.interrupted = False
+    def start_reading_pixels(self, pixels):
+        """The same for images (B, H, W, 3) uint8."""
+        self.interrupted.clear()
+        futures = [self.threads.submit(self.read, image) for image in pixels]
+        return functools.partial(self.wait_for, futures)
+
+    def wait_for(self, futures):
+        """The texts of images that are being read. An exception meanwhile, such as Ctrl-C, ends at once."""
         try:
-            for image in pixels:
-                futures.append(self.threads.submit(self.read, image))
             return [future.result() for future in futures]
         except BaseException:  # nothing may wait for a worker now
             for future in futures:
@@ -184,17 +236,19 @@ class Reader:
     def enlist(self, worker):
         """Notes that a worker is busy. Where an interruption has come first, kills it."""
         self.busy.add(worker)
-        if self.interrupted:
+        if self.interrupted.is_set():
             kill(worker)
 
     def interrupt(self):
         """Kills the workers that are busy, so that no thread waits for them."""
-        self.interrupted = True
+        self.interrupted.set()
         for worker in list(self.busy):
             kill(worker)
 
     def read(self, pixels):
-        """The text in an image (H, W, 3) uint8, None where the engine failed."""
+        """The text in an image (H, W, 3) uint8, None where the engine failed or was interrupted."""
+        if self.interrupted.is_set():
+            return None
         worker = self.idle.get()
         try:
             if worker is None:
@@ -246,7 +300,7 @@ class Reader:
         if deadline.passed:  # the worker is killed, even if it has answered in the last moment
             self.warn(f"it took over {self.image_seconds} s and was replaced")
             return None
-        if answer is None and not self.interrupted:  # else it was killed to end this wait
+        if answer is None and not self.interrupted.is_set():  # else it was killed to end this wait
             self.warn("its process died")
         return answer
 

@@ -130,15 +130,33 @@ class OCR:
             check_script(text)
 
     def __call__(self, images, prompts, metadata):
-        try:
+        return self.start_scoring(images, prompts, metadata)()
+
+    def start_scoring(self, images, prompts, metadata):
+        """Begins to read the images. Returns a function that waits for the scores.
+
+        The engine goes on reading in processes of its own. The tiny world's reader is through when this
+        returns.
+        """
+        if isinstance(self.recogniser, engine.Reader):
+            wait_for_texts = self.recogniser.start_reading(images)
+        else:
             texts = self.recogniser(images)
-        except engine.EngineError as error:
-            raise RewardError(f"ocr: {error}") from None
-        scores = []
-        for text, prompt, row in zip(texts, prompts, metadata):
-            score = float("nan") if text is None else text_score(text, target_text(prompt, row))
-            scores.append(score)
-        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+            wait_for_texts = lambda: texts  # noqa: E731
+        device = images.device
+
+        def wait_for_scores():
+            try:
+                texts = wait_for_texts()
+            except engine.EngineError as error:
+                raise RewardError(f"ocr: {error}") from None
+            scores = []
+            for text, prompt, row in zip(texts, prompts, metadata):
+                score = float("nan") if text is None else text_score(text, target_text(prompt, row))
+                scores.append(score)
+            return torch.tensor(scores, dtype=torch.float32, device=device)
+
+        return wait_for_scores
 
 
 def make_ocr(metadata, device):

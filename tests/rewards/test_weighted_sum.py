@@ -194,3 +194,59 @@ def test_a_run_on_a_tagged_file(tmp_path):
     assert before["eval/jpeg"] < 0 <= before["eval/geneval_strict"]
     assert "eval/geneval_soft_paraphrased" in before and "eval/jpeg_paraphrased" not in before
     assert all(math.isfinite(value) for row in (before, after) for value in row.values())
+
+
+# ---- rewards that go on in the background ----
+class Background:
+    """A reward that has begun when asked, and scores when waited for: each image's first pixel."""
+
+    def __init__(self, events):
+        self.events = events
+
+    def __call__(self, images, prompts, metadata):
+        return self.start_scoring(images, prompts, metadata)()
+
+    def start_scoring(self, images, prompts, metadata):
+        self.events.append("began " + " ".join(prompts))
+
+        def wait():
+            self.events.append("waited " + " ".join(prompts))
+            if "fail" in prompts:
+                raise ValueError("out of paper")
+            return images[:, 0, 0, 0]
+
+        return wait
+
+
+def test_batches_are_started_before_the_first_is_waited_for():
+    events = []
+
+    def at_once(images, prompts, metadata):
+        events.append("scored " + " ".join(prompts))
+        return images[:, 0, 0, 0]
+
+    reward = WeightedSum({"slow": (Background(events), 2.0), "quick": (at_once, 1.0)})
+    batches = [(torch.full((1, 3, 2, 2), value), [name], [{}]) for name, value in (("a", 0.5), ("b", 0.25))]
+    waits = [reward.start_scoring(*batch) for batch in batches]
+    assert events == ["began a", "scored a", "began b", "scored b"]
+    values = [wait() for wait in waits]
+    assert events[4:] == ["waited a", "waited b"]
+    for value, batch in zip(values, batches):
+        expected = reward.details(*batch)
+        assert list(value) == list(expected) == ["reward", "slow", "quick"]
+        for name in value:
+            assert torch.equal(value[name], expected[name])
+    assert [value["reward"].item() for value in values] == [1.5, 0.75]
+
+
+def test_a_failure_in_the_background_is_named_when_it_is_waited_for():
+    reward = WeightedSum({"slow": (Background([]), 1.0)})
+    wait = reward.start_scoring(torch.zeros(1, 3, 2, 2), ["fail"], [{}])
+    with pytest.raises(rewards.RewardError, match="reward 'slow' failed with ValueError"):
+        wait()
+
+
+def test_images_that_are_none_are_refused_at_once():
+    reward = WeightedSum({"slow": (Background([]), 1.0)})
+    with pytest.raises(rewards.BadInput, match="outside"):
+        reward.start_scoring(torch.full((1, 3, 2, 2), 2.0), ["a"], [{}])

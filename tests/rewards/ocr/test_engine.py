@@ -1,11 +1,13 @@
 """The real OCR engine on rendered text, and its workers: order, faults, ends."""
 
+import gc
 import math
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -163,6 +165,33 @@ def test_workers_keep_the_order(reader):
     assert reader.idle.qsize() == 2
 
 
+def test_it_reads_in_the_background(reader):
+    reader(greys(1, 2))  # the workers have started
+    began = time.perf_counter()
+    first = reader.start_reading(greys(*[2] * 20))  # a tenth of a second each
+    second = reader.start_reading(greys(3, 4))
+    assert time.perf_counter() - began < 0.5
+    assert second() == ["3", "4"]
+    assert first() == ["2"] * 20
+    assert time.perf_counter() - began > 0.9
+
+
+def test_a_reader_that_nobody_holds_ends_its_threads_and_workers(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    others = set(threading.enumerate())
+    reader = engine.Reader(2, [sys.executable, "-P", str(tmp_path / "worker.py")])
+    reader(greys(2, 2, 2, 2))
+    threads = set(threading.enumerate()) - others
+    worker = reader.idle.get()
+    reader.idle.put(worker)
+    del reader
+    gc.collect()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert len(threads) == 2 and not any(thread.is_alive() for thread in threads)
+    assert worker.poll() is not None
+
+
 def test_a_failing_engine_gives_nan_for_its_rows_alone(reader):
     with pytest.warns(UserWarning, match="MemoryError: no room"):
         values = ocr.OCR(reader)(greys(251, 12, 251, 251, 13), ['"12"'] * 5, [{}] * 5)
@@ -260,7 +289,7 @@ def test_a_reader_that_is_thrown_away_stops_its_workers(reader):
     workers = [worker for worker in (reader.idle.get(), reader.idle.get()) if worker is not None]
     for worker in workers:
         reader.idle.put(worker)
-    engine.stop_all(reader.idle, reader.busy)
+    engine.stop_all(reader.idle, reader.busy, reader.interrupted, reader.threads)
     assert workers and not any(alive(worker.pid) for worker in workers)
 
 
@@ -288,11 +317,11 @@ if sys.argv[4] == "handled":
     signal.signal(signal.SIGTERM, raise_interrupt)
 reader = engine.Reader(2, [sys.executable, "-P", sys.argv[2], sys.argv[3]])
 values = [1, 2, 1, 2]
-if sys.argv[3] == "stuck":
+if sys.argv[3] in ("stuck", "unawaited"):
     values = [253, 254, 253, 254]  # one worker hangs, the other one is stopped
 images = np.array(values, np.uint8).repeat(6).reshape(4, 1, 2, 3)
 if sys.argv[3] == "idle":
-    print(*reader.read_all(images), flush=True)
+    print(*reader.start_reading_pixels(images)(), flush=True)
     workers = [reader.idle.get() for _ in range(2)]
     print(*(worker.pid for worker in workers), flush=True)
     for worker in workers:
@@ -303,7 +332,10 @@ if sys.argv[3] == "idle":
         time.sleep(60)
 else:
     threading.Thread(target=tell_workers, daemon=True).start()
-    reader.read_all(images)
+    wait = reader.start_reading_pixels(images)
+    if sys.argv[3] == "unawaited":
+        time.sleep(60)  # as if the next images were sampled
+    wait()
 """
 ENDINGS = {
     "exception": signal.SIGUSR1,
@@ -358,12 +390,12 @@ def test_idle_workers_end_with_the_trainer(start_trainer, ending):
 
 
 @has_proc
-@pytest.mark.parametrize("state", ["idle", "stuck", "starting"])
+@pytest.mark.parametrize("state", ["idle", "stuck", "unawaited", "starting"])
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_workers_end_with_the_trainer(start_trainer, state, ending):
     trainer, workers = start_trainer(state, "handled" if "handled" in ending else ending)
     states = [state_of(worker) for worker in workers]
-    assert all(map(alive, workers)) and ("T" in states) == (state == "stuck")
+    assert all(map(alive, workers)) and ("T" in states) == (state in ("stuck", "unawaited"))
     start = time.time()
     trainer.send_signal(ENDINGS[ending])
     _, errors = trainer.communicate(timeout=60)

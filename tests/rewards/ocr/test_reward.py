@@ -250,7 +250,7 @@ def test_a_missing_package_is_named_before_training(monkeypatch):
 
 def test_an_engine_that_does_not_start_is_one_line():
     class Broken(engine.Reader):
-        def __call__(self, images):
+        def start_reading(self, images):
             raise engine.EngineError("the OCR engine does not start: its own message is above")
 
     with pytest.raises(rewards.RewardError, match="^ocr: the OCR engine does not start: its own message"):
