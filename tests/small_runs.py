@@ -4,6 +4,7 @@ The fixtures that go with it are in conftest.py. This is a module of its own bec
 starts import it, and because there may be several conftest.py.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -35,7 +36,14 @@ def command(script, flags):
     return words
 
 
-class Brightness:
+class ScoresWhenWaitedFor:
+    """A reward of a run, without rewards.build. Subclasses have `details`."""
+
+    def start_scoring(self, images, prompts, metadata):
+        return functools.partial(self.details, images, prompts, metadata)
+
+
+class Brightness(ScoresWhenWaitedFor):
     """A reward without a model: weight times the mean of the pixels.
 
     It is rounded to 1 / levels, so that it does not notice which images shared a batch. levels=None: not

@@ -32,7 +32,7 @@ from fdfo import (
     train,
 )
 from rewards import BadInput
-from small_runs import Brightness, metrics, saved
+from small_runs import Brightness, ScoresWhenWaitedFor, metrics, saved
 
 F64 = torch.float64
 KINDS = ["raw", "logit-normal", "dirac"]
@@ -689,7 +689,7 @@ def test_without_differences_there_is_no_step(small, monkeypatch, spy, case, kl_
     assert len(weights) > 20 and all(torch.equal(base[name], value) for name, value in weights.items())
 
 
-class OneDiffers:
+class OneDiffers(ScoresWhenWaitedFor):
     """Of eight images, one has another reward than the rest."""
 
     def details(self, images, prompts, metadata):

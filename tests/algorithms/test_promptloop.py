@@ -69,7 +69,7 @@ from promptloop import (
 )
 from rewards import BadInput, report
 from rewards.prompts import PromptFile
-from small_runs import Brightness, metrics, saved
+from small_runs import Brightness, ScoresWhenWaitedFor, metrics, saved
 from tiny import image_model, language_model, vlm_world
 
 CPU = torch.device("cpu")
@@ -1008,7 +1008,7 @@ def test_an_iteration_from_inside(small, spy, simple, no_evaluation, monkeypatch
     )
     judged, losses, values = [], [], []
 
-    class Reward:
+    class Reward(ScoresWhenWaitedFor):
         def details(self, images, prompts, metadata):
             judged.extend(zip(prompts, [row["prompt"] for row in metadata]))
             values.append(images.flatten(1).mean(1))

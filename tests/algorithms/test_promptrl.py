@@ -48,7 +48,7 @@ from promptrl import (
     train,
 )
 from rewards import BadInput, report
-from small_runs import Brightness, metrics, saved
+from small_runs import Brightness, ScoresWhenWaitedFor, metrics, saved
 from tiny import vlm_world
 
 WORDS = "red green circle square top left".split()
@@ -441,7 +441,7 @@ def test_an_iteration_from_inside(small, monkeypatch):
     args = Args(**small(num_images_per_prompt=8, micro_batch_size=6, sde_window=3, noise_level=0.8))
     fake, details, dialogues, terms = Fake(), [], [], []
 
-    class Reward:
+    class Reward(ScoresWhenWaitedFor):
         def details(self, images, prompts, metadata):
             details.extend(prompts)
             return {"reward": images.flatten(1).mean(1)}

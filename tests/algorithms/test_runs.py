@@ -23,7 +23,7 @@ import rewards
 from flow_grpo import Args, train
 from rewards import BadInput, command_line, report
 from rewards.report import pictures
-from small_runs import command, metrics, saved
+from small_runs import ScoresWhenWaitedFor, command, metrics, saved
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
@@ -268,7 +268,7 @@ def test_the_export_is_made_again_on_resume(small, rank, folder, damage):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-class SomeNaN:
+class SomeNaN(ScoresWhenWaitedFor):
     """A reward that cannot score the first `bad` images of a batch."""
 
     def __init__(self, bad):

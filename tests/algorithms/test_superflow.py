@@ -16,7 +16,7 @@ import rewards
 import superflow
 from rewards import BadInput
 from rewards.prompts import load_prompts
-from small_runs import Brightness, metrics, saved
+from small_runs import Brightness, ScoresWhenWaitedFor, metrics, saved
 from superflow import (
     Args,
     choose_group_sizes,
@@ -360,7 +360,7 @@ def small(small, without_pictures):
     return lambda **changes: small(**{"start_images": 1} | changes)
 
 
-class Lopsided:
+class Lopsided(ScoresWhenWaitedFor):
     """Rewards 1 for the even prompts and brightness for the odd: after a start image groups of 3 and of 4.
 
     nan: the row that cannot be scored. Coarse, so that it does not notice which images share a batch.
