@@ -72,6 +72,9 @@ import torch.distributed as dist
 from diffusers import DiffusionPipeline, FluxKontextPipeline
 from einops import rearrange
 from peft import LoraConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -141,6 +144,9 @@ class Args:
     lm_lora_rank: Annotated[int, Range(0, 1024)] = 0
     """Rank of the LoRA of the policy; its alpha is twice the rank. 0: train all weights that read and write
     text."""
+    shard: bool = False
+    """Split the weights of the policy among the processes while it is trained, where one GPU does not hold
+    their gradients and moments too (FSDP2). A LoRA stays whole."""
     prompts: str = "tiny/prompts/fold_0/train.jsonl"
     """Training prompts: a .txt with one prompt per line, or a .jsonl with "prompt" and metadata per line."""
     eval_prompts: str = ""
@@ -197,6 +203,8 @@ def check_args(args):
             f"--num-prompts-per-iteration {args.num_prompts_per_iteration} must be a multiple of "
             f"{world_size}, the number of processes"
         )
+    if args.shard and world_size == 1:
+        raise BadInput("--shard needs several processes")
     if args.num_prompts_per_iteration * args.num_images_per_prompt > 1_000_000:
         raise BadInput("--num-prompts-per-iteration times --num-images-per-prompt must be at most 1,000,000")
     most_refinements = args.eval_num_inference_steps
@@ -418,6 +426,55 @@ def load_lm(args, device, dtype, keep_reference):
             parameter.data = parameter.data.float()
     lm.forward = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)(lm.forward)
     return lm, tokenizer, reference
+
+
+def shard(model, device):
+    """Leaves each process its share of the weights and moves it to the device (FSDP2). A LoRA stays whole.
+
+    A block is put together before it computes and taken apart afterwards. So is the model around the blocks:
+    the first process saves a LoRA alone, and must find it in the state in which the others have it. All
+    processes have to run the same number of forward passes. A backward pass leaves each process its share of
+    the gradients, which are summed over the processes.
+    """
+    lora = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    blocks = [module for module in model.modules() if is_block(model, module)]
+    for module in [*blocks, model]:
+        name = type(module).__name__
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=lora)
+        type(module).__name__ = name  # FSDP has made it a subclass, whose name would be saved with the model
+        module.set_gradient_divide_factor(1.0)  # losses are divided by global counts: their gradients add up
+        module.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo has too
+    model.to(device)  # what is not shared out: the LoRA and the buffers
+
+
+def is_block(model, module):
+    """Whether a module is one of the blocks of which the model consists."""
+    return type(module).__name__ in model._no_split_modules
+
+
+def gather_weights(model):
+    """Leaves each process all weights that `shard` has split, until `release_weights`. All have to call it.
+
+    The forward passes between the two are each process's own. So the policy can write at other steps, and
+    replies of other lengths, than in the other processes.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.set_reshard_after_forward(False, recurse=False)
+            module.set_reshard_after_backward(False, recurse=False)
+            module._is_fsdp_managed_module = False  # `generate` waits for no other process
+
+
+def release_weights(model):
+    """Leaves each process its share of the weights again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(True, recurse=False)
+            module.set_reshard_after_backward(True, recurse=False)
+            module._is_fsdp_managed_module = True
+            module.reshard()
 
 
 @contextlib.contextmanager
@@ -1051,6 +1108,29 @@ def sum_over_processes(tensors):
             tensor.copy_(total.view_as(tensor))
 
 
+def clip_gradients(parameters, max_norm):
+    """Scales all gradients by the same factor so that their common norm is at most max_norm.
+
+    Returns the norm before, a scalar tensor.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def with_idle_passes(trained):
+    """The refinements that this process trains on, made as many as in the process with the most.
+
+    With --shard all processes have to run the same number of passes. One with fewer refinements repeats its
+    first one without any token in the mask, so that its losses are 0. trained: [(images, Refinement)].
+    """
+    images, refinement = trained[0]
+    dialogue = refinement.rewrites.dialogue
+    dialogue = dialogue._replace(mask=torch.zeros_like(dialogue.mask))
+    idle = refinement._replace(rewrites=refinement.rewrites._replace(dialogue=dialogue))
+    most = int(gather_numbers([len(trained)]).max())
+    return trained + [(images, idle)] * (most - len(trained))
+
+
 # === checkpoint ===
 
 
@@ -1130,9 +1210,12 @@ def train(args):
     has_kl = args.lm_kl_coef > 0 and args.lm_kl == "base"
     with report.announce(f"loading {args.lm}"):
         lm, tokenizer, reference = load_lm(args, device, dtype, has_kl and not args.evaluate)
-        lm.to(device)
-        if reference is not None:
-            reference.to(device)
+        language_models = [lm] if reference is None else [lm, reference]
+        for language_model in language_models:
+            if args.shard:
+                shard(language_model, device)
+            else:
+                language_model.to(device)
         processor = from_hub(Qwen2VLImageProcessorPil.from_pretrained, args.lm)
     policy = Policy(lm, tokenizer, processor)
     with report.announce(f"loading {args.model}"):
@@ -1175,6 +1258,7 @@ def train(args):
             noise = draw_noise(noise_numbers, 1, model.latent_shape, args.seed, iteration)[:, 0]
 
             # 2. Sample and 3. refine on the way, and 4. score against the original prompts.
+            gather_weights(lm)
             trained = []  # each refinement, with the images that it was for
             pending_scores = []  # functions that wait for the scores of a micro-batch
             reply_tokens = []
@@ -1208,6 +1292,8 @@ def train(args):
                     well_formed += rewrites.well_formed
                     truncated += [is_truncated(model.pipe.tokenizer, text) for text in rewrites.prompts]
 
+            release_weights(lm)
+
             # 5. Advantages, from the rewards of all processes.
             scores = report.gather_scores([wait() for wait in pending_scores])
             clock.stop("reward")
@@ -1223,6 +1309,10 @@ def train(args):
             num_tokens = reply_tokens.sum().item()  # over all processes
             names = "lm_policy_loss lm_kl lm_ratio_first lm_entropy".split()
             totals = {name: torch.zeros((), device=device) for name in names}
+            if args.shard:
+                trained = with_idle_passes(trained)
+            for language_model in language_models:
+                gather_weights(language_model.model.visual)  # not every question has a picture
             for images, refinement in tqdm(trained, desc="train", leave=False, disable=None):
                 losses = token_losses(
                     policy, reference, refinement, advantages[images], args.token_clip_range, has_kl
@@ -1232,11 +1322,14 @@ def train(args):
                 loss.backward()
                 for name, value in losses.items():
                     totals[name] += value.detach()
+            for language_model in language_models:
+                release_weights(language_model.model.visual)
 
             # 7. One optimiser step. Losses are divided by global counts, so processes add up.
-            gradients = [parameter.grad for parameter in parameters]
+            # Gradients that --shard has shared out (DTensor) are sums already.
+            gradients = [parameter.grad for parameter in parameters if not isinstance(parameter, DTensor)]
             sum_over_processes(list(totals.values()) + gradients)
-            totals["lm_grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            totals["lm_grad_norm"] = clip_gradients(parameters, args.max_grad_norm)
             report.check_finite(totals)
             learning_rate = args.lm_learning_rate * (1 - (iteration - 1) / args.num_iterations)
             optimizer.param_groups[0]["lr"] = learning_rate
@@ -1249,6 +1342,7 @@ def train(args):
 
         is_last = iteration == args.num_iterations
         evaluations = []
+        gather_weights(lm)
         for name, file in report.files_to_evaluate(prompt_files, iteration, args).items():
             if iteration == 0:  # the image model is not trained: once is enough
                 evaluation = report.evaluate(
@@ -1269,6 +1363,7 @@ def train(args):
                     name, a_priori, file, reward, args.micro_batch_size, args.eval_noises
                 )
             evaluations.append(evaluation._replace(films={}))  # without previews it is no film
+        release_weights(lm)
         if evaluations:
             clock.stop("evaluate")
         if rank == 0:

@@ -102,7 +102,11 @@ GROUPS = {
         Setting("promptrl/edit_lm_only", "--trained lm", "edits: the language model alone", ON_TEST_EDITS),
     ],
     "flux": [
-        Setting("flow_grpo/flux", FLUX, "Flow-GRPO on tiny/flux"),
+        Setting(
+            "flow_grpo/flux",
+            FLUX + " --num-prompts-per-iteration 32 --num-images-per-prompt 8",
+            "Flow-GRPO on tiny/flux: more prompts, of fewer images each",
+        ),
         Setting("superflow/flux", FLUX, "SuperFlow on tiny/flux"),
         Setting("fdfo/flux", FLUX, "FDFO on tiny/flux"),
         Setting("promptrl/flux", FLUX, "PromptRL on tiny/flux"),

@@ -13,6 +13,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import fdfo
 import flow_grpo
+import promptloop
 import promptrl
 import superflow
 from rewards import BadInput
@@ -76,6 +77,37 @@ def test_so_does_one_that_trains_all_weights(small, start_processes, tmp_path, n
         plain, sharded = [Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "lm") for run in runs]
         for key, weights in plain.state_dict().items():
             assert torch.allclose(sharded.state_dict()[key], weights, atol=1e-6), key
+
+
+def refined_steps(groups, seed, iteration):
+    """The steps before which any of these groups is refined, of 4 with 2 refinements."""
+    return set().union(*[promptloop.draw_schedule(group, 2, 4, seed, iteration) for group in groups])
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_so_does_promptloop_where_one_process_refines_before_more_steps(
+    small, start_processes, tmp_path, rank
+):
+    """Pictures are seen before the later steps alone, so processes also differ in who sees any."""
+    flags = {"seed": 16, "num_prompts_per_iteration": 4, "num_refinements": 2, "lm_lora_rank": rank}
+    flags |= {"lm_kl_coef": 0.1, "rewards": "small_runs:brightness", "save_every": 1}
+    assert [len(refined_steps(groups, 16, 1)) for groups in ((0, 1), (2, 3))] == [4, 2]
+    runs = []
+    for shard in (False, True):
+        own = small(shard=shard, output_dir=str(tmp_path / str(shard)), **flags)
+        runs.append(start_processes(promptloop, own)())
+    plain, sharded = map(metrics, runs)
+    states = [flow_grpo.report.read_checkpoint(run)["lm"] for run in runs]
+    assert states[0].keys() == states[1].keys()
+    if rank > 0:
+        assert sharded == plain
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+        return
+    for plain_row, sharded_row in zip(plain, sharded, strict=True):
+        assert sharded_row == pytest.approx(plain_row, abs=1e-6)
+    for key, weights in states[0].items():  # Adam divides by gradients, of which some are nearly 0
+        assert torch.allclose(states[1][key], weights, atol=3e-6), key
+    Qwen2_5_VLForConditionalGeneration.from_pretrained(runs[1] / "lm")
 
 
 def test_superflow_is_refused_where_a_process_would_have_fewer_passes(monkeypatch):
