@@ -106,15 +106,18 @@ def finish(process, record, results, measure_diversity):
     (run_dir,) = record.pop("output_dir").iterdir()
     record["seconds"] = round(time.time() - record.pop("began"), 1)
     record |= contents_of(run_dir)
+    path = record_path(record["name"], record["seed"], results)
+    write_record(path, record)
     transformer = run_dir / "transformer"
     is_on_geneval = "eval/geneval" in record["metrics"][-1]
-    if measure_diversity and is_on_geneval and transformer.exists():
+    is_measured_model = record["args"]["model"] == "tiny/sd3"
+    if measure_diversity and is_on_geneval and is_measured_model and transformer.exists():
         from benchmark.measure_diversity import (
             diversity,
         )  # here: it loads torch, which --help need not wait for
 
         record["diversity"] = {"before": diversity(None), "after": diversity(transformer)}
-    write_record(record_path(record["name"], record["seed"], results), record)
+        write_record(path, record)
 
 
 def run_seeds(args, flags):

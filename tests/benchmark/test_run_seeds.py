@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmark import records, run_seeds
+from benchmark import measure_diversity, records, run_seeds
 from benchmark.records import RESULTS
 
 SCRIPT = """
@@ -74,6 +74,34 @@ def test_each_seed_leaves_a_record_and_is_not_run_twice(script, tmp_path, capsys
 )
 def test_scores_are_kept_short_and_unscored_images_stay(scores, expected):
     assert run_seeds.shortened(scores) == expected
+
+
+@pytest.mark.parametrize("model, is_measured", [("tiny/sd3", True), ("tiny/flux", False)])
+def test_diversity_is_that_of_tiny_sd3_and_a_record_does_not_wait_for_it(
+    tmp_path, monkeypatch, model, is_measured
+):
+    """The record is there already while the diversity is measured, and stays if that fails."""
+    path = tmp_path / "records" / "some" / "setting" / "seed-4.json"
+    source = SCRIPT.replace("eval/reward", "eval/geneval").replace('"tiny/sd3"', f'"{model}"')
+    source += '(folder / "transformer").mkdir()\n'
+    (tmp_path / "algorithm.py").write_text(source)
+    monkeypatch.setattr(run_seeds, "RUNS", tmp_path / "runs")
+    measured = []
+
+    def diversity(folder):
+        measured.append("diversity" in json.loads(path.read_text()))
+        raise RuntimeError("of another class")
+
+    monkeypatch.setattr(measure_diversity, "diversity", diversity)
+    words = ["some/setting", str(tmp_path / "algorithm.py"), "--seeds", "4"]
+    words += ["--results", str(tmp_path / "records")]
+    if is_measured:
+        with pytest.raises(RuntimeError):
+            run_seeds.run_seeds(*run_seeds.parse(words))
+    else:
+        run_seeds.run_seeds(*run_seeds.parse(words))
+    assert measured == ([False] if is_measured else [])
+    assert json.loads(path.read_text())["args"]["model"] == model
 
 
 def test_a_run_that_fails_ends_in_one_line(script, tmp_path):
