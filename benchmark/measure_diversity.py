@@ -2,8 +2,9 @@
 
     python -m benchmark.measure_diversity [RUN ...]
 
-For tiny/sd3 and for what each run has made of it: 16 images of each of the 24 shortest evaluation prompts (images
-differ in what a prompt leaves open), by the ODE sampler, with fixed noise. Prints one line of JSON for each:
+For tiny/sd3 and for what each run has made of it: 16 images of each of the 24 shortest evaluation prompts
+(images differ in what a prompt leaves open), by the ODE sampler, with fixed noise. Prints one line of JSON
+for each:
   pixels   mean root-mean-square distance of two images of a prompt
   places   spread of objects' centres around their mean, in pixels
   colors   entropy in bits of an object's colour, where the prompt names none

@@ -126,7 +126,7 @@ class Threads:
         self.count = count
         self.calls = queue.SimpleQueue()
         for _ in range(count):
-            threading.Thread(target=make_calls, args=(self.calls,), daemon=True).start()
+            threading.Thread(target=make_calls, args=(self.calls,), name="ocr", daemon=True).start()
 
     def submit(self, function, argument):
         """The Future of function(argument)."""

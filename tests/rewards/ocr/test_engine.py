@@ -181,7 +181,7 @@ def test_a_reader_that_nobody_holds_ends_its_threads_and_workers(tmp_path):
     others = set(threading.enumerate())
     reader = engine.Reader(2, [sys.executable, "-P", str(tmp_path / "worker.py")])
     reader(greys(2, 2, 2, 2))
-    threads = set(threading.enumerate()) - others
+    threads = {thread for thread in threading.enumerate() if thread.name == "ocr"} - others
     worker = reader.idle.get()
     reader.idle.put(worker)
     del reader

@@ -3,6 +3,7 @@
 import importlib.util
 import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -249,9 +250,6 @@ def test_a_missing_package_is_named_before_training(monkeypatch):
 
 
 def test_an_engine_that_does_not_start_is_one_line():
-    class Broken(engine.Reader):
-        def start_reading(self, images):
-            raise engine.EngineError("the OCR engine does not start: its own message is above")
-
+    broken = engine.Reader(1, [sys.executable, "-c", "raise SystemExit(1)"])
     with pytest.raises(rewards.RewardError, match="^ocr: the OCR engine does not start: its own message"):
-        ocr.OCR(Broken(1))(torch.zeros(1, 3, 8, 8), ['"a"'], [{}])
+        ocr.OCR(broken)(torch.zeros(1, 3, 8, 8), ['"a"'], [{}])
