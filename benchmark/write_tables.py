@@ -121,29 +121,34 @@ def evaluated(record, score):
 
 
 def run_rows(runs):
-    """Cells of each run: what its fold's baselines are, what it reached, and what it took."""
+    """Cells of each run: what its fold's baselines are, what it reached, and what it took.
+
+    What compares a run with baselines that were not measured is left empty.
+    """
     rows = []
     for algorithm, records in runs.items():
         score = SCORES.get(algorithm, "eval/geneval_strict")
         for record in records:
             fold = fold_of_run(record)
             model = Path(record["args"]["model"]).name
-            settings = read_baselines(model, "test", fold)["settings"]
             before, after = evaluated(record, score)
-            scripted = settings["scripted"]["strict"]
-            best = best_guidance(settings)
+            baselines = [""] * 3
+            differences = [""] * 2
+            if (RESULTS / "baselines" / model / f"fold-{fold}-test.json").exists():
+                settings = read_baselines(model, "test", fold)["settings"]
+                base, best = settings["base"]["strict"], best_guidance(settings)
+                scripted = settings["scripted"]["strict"]
+                baselines = [f"{value:.3f}" for value in (base, best, scripted)]
+                differences = [f"{after - value:+.3f}" for value in (best, scripted)]
             rows.append(
                 [
                     ALGORITHMS[algorithm],
                     str(record["seed"]),
                     str(fold),
-                    f"{settings['base']['strict']:.3f}",
-                    f"{best:.3f}",
-                    f"{scripted:.3f}",
+                    *baselines,
                     f"{before:.3f}",
                     f"{after:.3f}",
-                    f"{after - best:+.3f}",
-                    f"{after - scripted:+.3f}",
+                    *differences,
                     f"{record['metrics'][-1]['charts/num_images']:,}",
                     f"{record['seconds'] / 60:.1f}",
                 ]
@@ -327,6 +332,7 @@ def write_tables():
         "default runs": runs_table("default"),
         "claims": claims_table(),
         "superseded runs": runs_table("superseded_*"),
+        "flux runs": runs_table("flux"),
         "trials": trials_table(),
         "flux trials": trials_table("_flux"),
         "edit trials": trials_table("_edit", plain_score="eval/edit"),

@@ -205,6 +205,13 @@ def test_texts_have_a_row_for_each_model(results):
     ]
 
 
+def test_what_compares_with_baselines_that_were_not_measured_is_empty(results):
+    (results / "baselines/sd3/fold-1-test.json").unlink()
+    first, second, _ = write_tables.run_rows(write_tables.read_test_runs("default"))
+    assert first[3:10] == ["0.500", "0.500", "0.800", "0.500", "0.700", "+0.200", "-0.100"]
+    assert second[3:10] == ["", "", "", "0.500", "0.650", "", ""]
+
+
 def test_a_run_that_was_not_evaluated_on_test_prompts_is_in_no_table():
     with pytest.raises(SystemExit, match="not evaluated on the test prompts of a fold: python flow_grpo.py"):
         write_tables.fold_of_run({"command": "python flow_grpo.py --seed 1"})
