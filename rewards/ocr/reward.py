@@ -141,8 +141,11 @@ class OCR:
         if isinstance(self.recogniser, engine.Reader):
             wait_for_texts = self.recogniser.start_reading(images)
         else:
-            texts = self.recogniser(images)
-            wait_for_texts = lambda: texts  # noqa: E731
+            texts_read = self.recogniser(images)
+
+            def wait_for_texts():
+                return texts_read
+
         device = images.device
 
         def wait_for_scores():
